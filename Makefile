@@ -1,0 +1,35 @@
+# Everything runs in a virtual environment that the first command creates; only Python 3.11 is needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python -m
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench study clean
+
+demo: $(READY)  ## sparse-train a network on handwritten digits
+	$(VENV)/bin/python examples/digits.py
+
+test: $(READY)  ## all tests, then the core once more without compilation
+	$(RUN) pytest -n 2
+	NUMBA_DISABLE_JIT=1 $(RUN) pytest -n 2 -m core
+
+check: $(READY)  ## style and types
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+
+bench: $(READY)  ## time the threshold search against its alternatives
+	$(VENV)/bin/python benchmarks/search.py
+
+study: $(READY)  ## accuracy at 99 % zeros: ST-3 against its neighbours, five seeds
+	$(VENV)/bin/python benchmarks/accuracy.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'st3core needs Python 3.11 or newer, this is ' + sys.version"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[torch,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build

@@ -1,0 +1,10 @@
+"""ST-3 for PyTorch: sparse training with straight-through gradients and soft-thresholding."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:  # pragma: no cover
+    raise ImportError("st3_torch needs PyTorch; install it with: pip install 'st3core[torch]'") from error
+
+from st3_torch.sparsifier import Sparsifier
+
+__all__ = ["Sparsifier"]

@@ -1,0 +1,69 @@
+"""Counting magnitudes with PyTorch operations, wherever the tensors are.
+
+The search in :mod:`st3core.search` decides; only counts leave the device, never weights.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class TensorCounter:
+    """Counts the keys of tensors with PyTorch operations; see :class:`st3core.search.Counter`.
+
+    Args:
+        weights: floating tensors on any devices.
+        units: sigma of each tensor.
+        names: what to call each tensor in an error message.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> None:
+        self.size = sum(w.numel() for w in weights)
+        self._weights = list(zip(weights, units, names, strict=True))
+        wide = any(w.dtype == torch.float64 for w in weights)
+        self._float, self._int = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
+        self.infinity = int(torch.tensor(float("inf"), dtype=self._float).view(self._int))
+
+    def magnitude(self, key: int) -> float:
+        """Magnitude of a key."""
+        return float(torch.tensor(key, dtype=self._int).view(self._float))
+
+    def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]:
+        """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys."""
+        bins = ((high - 1 - low) >> shift) + 1
+        below, total = 0, np.zeros(bins, np.int64)
+        for weight, unit, name in self._weights:
+            keys = self._keys(weight, unit)
+            if bool((keys >= self.infinity).any()):
+                raise ValueError(_non_finite(weight, name))
+            below += int((keys < low).sum())
+            inside = keys[(keys >= low) & (keys < high)]
+            total += torch.bincount((inside - low) >> shift, minlength=bins).cpu().numpy()
+        return below, total
+
+    def successor(self, key: int) -> int:
+        """Smallest key above ``key``, or the key of infinity."""
+        above = [keys[keys > key] for keys in (self._keys(w, u) for w, u, _ in self._weights)]
+        return min((int(keys.min()) for keys in above if keys.numel()), default=self.infinity)
+
+    def sample(self, count: int) -> np.ndarray:
+        """About ``count`` keys from evenly spread places, sorted."""
+        stride = max(self.size // count, 1)
+        parts = [self._keys(w, u)[stride // 2 :: stride].cpu() for w, u, _ in self._weights]
+        return torch.cat(parts).sort().values.numpy()
+
+    def _keys(self, weight: torch.Tensor, unit: float) -> torch.Tensor:
+        compute = torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
+        magnitudes = weight.detach().reshape(-1).to(compute).abs()
+        if unit != 1.0:
+            # By a tensor: for a number, some devices multiply by its rounded inverse instead.
+            magnitudes = magnitudes / torch.tensor(unit, dtype=compute, device=weight.device)
+        return magnitudes.to(self._float).view(self._int)
+
+
+def _non_finite(weight: torch.Tensor, name: str) -> str:
+    bad = weight.detach()[~weight.detach().isfinite()]
+    value = f", got {float(bad[0])}" if bad.numel() else ""
+    return f"find_thresholds: {name} must be finite{value}; find out where training diverged"

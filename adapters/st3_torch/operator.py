@@ -1,0 +1,82 @@
+"""The forward weight and its gradient rule, in PyTorch's autograd."""
+
+from typing import Any
+
+import torch
+
+from st3core import sparsify
+from st3core.method import Method
+from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET
+from st3_torch.layers import ChannelLayout
+from st3_torch.memory import as_array
+
+
+def forward_weight(
+    weight: torch.Tensor, threshold: torch.Tensor, method: Method, layout: ChannelLayout
+) -> torch.Tensor:
+    """Thresholded and rescaled weight; its gradient follows the method's rule.
+
+    Args:
+        weight: raw weight, float16, bfloat16, float32 or float64, on any device.
+        threshold: 0-d, 0 or more, on the weight's device; 0 gives the weight back.
+        method: what to compute.
+        layout: where the output channels are.
+
+    Returns:
+        New tensor of the weight's shape, dtype and memory format.
+    """
+    result: torch.Tensor = _ForwardWeight.apply(weight, threshold, method, layout)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ForwardWeight(torch.autograd.Function):
+    """The one place where the gradient is decided: straight through, or where the weight is kept."""
+
+    @staticmethod
+    def forward(weight: torch.Tensor, threshold: torch.Tensor, method: Method, layout: ChannelLayout) -> torch.Tensor:
+        if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _forward_numba(weight, float(threshold), method, layout)
+        return forward_with_torch(weight, threshold, method, layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        weight, threshold, ctx.method, _ = inputs
+        if ctx.method.backward == "masked":
+            ctx.save_for_backward(weight, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        if ctx.method.backward == "masked":
+            weight, threshold = ctx.saved_tensors
+            grad = torch.where(weight.abs() > threshold.to(weight.dtype), grad, 0)
+        return grad, None, None, None
+
+
+def _forward_numba(weight: torch.Tensor, threshold: float, method: Method, layout: ChannelLayout) -> torch.Tensor:
+    output = torch.empty_like(weight)
+    source, target = (as_array(layout.grouped(t)) for t in (weight.detach(), output))
+    sparsify(source, threshold, method, channel_axis=layout.channel_axes, out=target, check_finite=False)
+    return output
+
+
+def forward_with_torch(
+    weight: torch.Tensor, threshold: torch.Tensor, method: Method, layout: ChannelLayout
+) -> torch.Tensor:
+    """:func:`st3core.sparsify` in PyTorch operations, for any device and for ``torch.compile``."""
+    compute = torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
+    values, limit = layout.grouped(weight).to(compute), threshold.to(weight.dtype).to(compute)
+    kept = values.abs() > limit
+    result = torch.where(kept, values, 0) if method.operator == "hard" else values - values.clamp(-limit, limit)
+    if method.rescale == "channel":
+        axes = [axis for axis in range(values.ndim) if axis not in layout.channel_axes]
+        magnitudes = values.abs().double()
+        everything = _mean(magnitudes, axes)
+        left = _mean(torch.where(kept, magnitudes, 0), axes)
+        ratio = (left + RESCALE_EPSILON) / (everything + RESCALE_EPSILON)
+        result = (RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)).to(compute) * result
+    return torch.where(limit > 0, result, values).to(weight.dtype).reshape(weight.shape)
+
+
+def _mean(values: torch.Tensor, axes: list[int]) -> torch.Tensor:
+    # torch.mean over no axes at all would average everything.
+    return values.mean(axes, keepdim=True) if axes else values

@@ -1,0 +1,106 @@
+"""The parametrization that stands between a raw weight and the layer that uses it."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from st3core.method import Method
+from st3_torch.layers import ChannelLayout, Site
+from st3_torch.operator import forward_weight
+
+
+class SparseWeight(nn.Module):
+    """Raw weight in, forward weight out: thresholded while training, masked after ``freeze``.
+
+    Args:
+        weight: the raw weight; only its dtype and device are used.
+        method: what to compute.
+        layout: where the output channels are.
+    """
+
+    threshold: torch.Tensor
+    mask: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, method: Method, layout: ChannelLayout) -> None:
+        super().__init__()
+        self.method, self.layout = method, layout
+        compute = torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
+        self.register_buffer("threshold", torch.zeros((), dtype=compute, device=weight.device), persistent=False)
+        self.register_buffer("mask", None, persistent=False)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Forward weight of the raw weight."""
+        if self.mask is not None:
+            return torch.where(self.mask, weight, 0)
+        return forward_weight(weight, self.threshold, self.method, self.layout)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        state = "frozen" if self.mask is not None else f"threshold={float(self.threshold):.6g}"
+        return f"method={self.method.name}, {state}"
+
+
+def attach(site: Site, parametrization: SparseWeight) -> None:
+    """Put the parametrization on a module's tensor; the Parameter stays the same object."""
+    parametrize.register_parametrization(site.module, site.tensor_name, parametrization, unsafe=True)
+    _make_copyable(site.module)
+
+
+def detach(site: Site, order: list[str]) -> None:
+    """Take the parametrization off again, and the parameters into their former order.
+
+    ``torch`` puts the tensor last, but optimizers number parameters by their order.
+    """
+    parametrize.remove_parametrizations(site.module, site.tensor_name, leave_parametrized=False)
+    parameters = site.module._parameters
+    for name in order:
+        parameters[name] = parameters.pop(name)
+
+
+# PyTorch gives a parametrized module a class of its own, which pickle cannot find and which copies
+# would share, so that taking the parametrization off one copy would break the others.
+
+
+def _make_copyable(module: nn.Module) -> None:
+    injected: Any = type(module)
+    injected.__reduce_ex__ = _reduce
+    injected.__deepcopy__ = _deepcopy
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    attributes = {**module.__dict__, "_modules": dict(module._modules)}
+    lists = attributes["_modules"].pop("parametrizations")
+    attributes["_parameters"] = dict(module._parameters)
+    tensors = {name: (items.original, list(items)) for name, items in lists.items()}
+    return {"attributes": attributes, "tensors": tensors}
+
+
+def _restore(module: nn.Module, state: dict[str, Any]) -> None:
+    module.__dict__.update(state["attributes"])
+    for name, (original, parametrizations) in state["tensors"].items():
+        module.register_parameter(name, original)
+        for parametrization in parametrizations:
+            parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    _make_copyable(module)
+
+
+def _new(module_type: type[nn.Module]) -> nn.Module:
+    return module_type.__new__(module_type)
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    base = parametrize.type_before_parametrizations(self)
+    return _new, (base,), _state(self), None, None, _restore
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    if id(self) in memo:
+        known: nn.Module = memo[id(self)]
+        return known
+    replica = _new(parametrize.type_before_parametrizations(self))
+    memo[id(self)] = replica
+    _restore(replica, copy.deepcopy(_state(self), memo))
+    return replica

@@ -1,0 +1,311 @@
+"""Sparse training of a PyTorch model."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.flop_counter import FlopCounterMode
+
+from st3core import PolynomialSchedule
+from st3core.method import Method, get_method
+from st3core.report import LayerReport, Report
+from st3core.search import count_thresholds, find_named_thresholds, tensor_units
+from st3_torch.counting import TensorCounter
+from st3_torch.layers import Rule, Site, channel_layout, find_kernels
+from st3_torch.memory import NUMPY_DTYPES, as_array
+from st3_torch.parametrization import SparseWeight, attach, detach
+
+
+@dataclass
+class _Kernel:
+    """One sparsified tensor: its name, every site that uses it, and the parameters' order there."""
+
+    name: str
+    sites: list[Site]
+    orders: list[list[str]]
+    parametrization: SparseWeight
+
+    @property
+    def raw(self) -> nn.Parameter:
+        site = self.sites[0]
+        raw: Any = site.module
+        if is_parametrized(site.module, site.tensor_name):
+            return cast(nn.Parameter, raw.parametrizations[site.tensor_name].original)
+        return cast(nn.Parameter, getattr(raw, site.tensor_name))
+
+    def effective(self) -> torch.Tensor:
+        site = self.sites[0]
+        with torch.no_grad():
+            return cast(torch.Tensor, getattr(site.module, site.tensor_name)).detach()
+
+
+class Sparsifier:
+    """Trains a model sparse: the model sees thresholded weights, the optimizer trains the raw ones.
+
+    Every linear and convolution kernel gets a parametrization (:mod:`torch.nn.utils.parametrize`).
+    Parameters stay the same objects, so the optimizer may be built before or after. One threshold for
+    all kernels, found anew after each optimizer step, follows the schedule.
+
+    Args:
+        model: any module, on any device; changed in place.
+        schedule: sparsity as a function of the completed optimizer steps.
+        method: name of a preset (``"st3"``, ``"st3_sigma"``, ``"hard_ste"``, ``"gmp"``), or a
+            :class:`st3core.Method`.
+        include: sparsify only these kernels: names of layers or parameters, glob patterns, module
+            types, or ``predicate(name, module) -> bool``; one of them or a list. Default: all.
+        exclude: leave these dense; same kinds.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: ``method`` is unknown, a rule matches no kernel, nothing is left to sparsify, a
+            weight is NaN or infinite, or the model is sparsified already.
+
+    References:
+        ST-3, arXiv 2212.01076.
+
+    Examples:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sp = Sparsifier(model, PolynomialSchedule(0.5, begin_step=0, end_step=2))
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(3, 4)).square().sum().backward()
+        ...     optimizer.step()
+        ...     sp.step()
+        >>> sp.sparsity
+        0.5
+        >>> int(sp.finalize().weight.count_nonzero())
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: PolynomialSchedule,
+        method: str | Method = "st3",
+        *,
+        include: Rule | Sequence[Rule] | None = None,
+        exclude: Rule | Sequence[Rule] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Sparsifier: model must be a torch.nn.Module, got {model!r}")
+        if not isinstance(schedule, PolynomialSchedule):
+            raise TypeError(f"Sparsifier: schedule must be a PolynomialSchedule, got {schedule!r}")
+        if any(isinstance(module, SparseWeight) for module in model.modules()):
+            raise ValueError(
+                "Sparsifier: model is sparsified already, got a model with SparseWeight parametrizations; "
+                "use its Sparsifier, or finalize it first"
+            )
+        self.model, self.schedule, self.method = model, schedule, get_method(method)
+        kernels = find_kernels(model, include, exclude)
+        weights = {name: _weight(sites[0]) for name, sites in kernels.items()}
+        first = _find_thresholds(weights, schedule(0), self.method)
+        self._step = 0
+        self._frozen = self._finalized = False
+        self._kernels = [_attach(name, sites, self.method) for name, sites in kernels.items()]
+        self._set_thresholds(first)
+
+    def step(self) -> None:
+        """Count one completed optimizer step and renew the threshold; call it after ``optimizer.step()``.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; the step is then not counted.
+            RuntimeError: the model has been finalized.
+        """
+        self._require_open("step")
+        step = self._step + 1
+        if not self._frozen and self.schedule.is_update_step(step):
+            weights = {kernel.name: kernel.raw for kernel in self._kernels}
+            self._set_thresholds(_find_thresholds(weights, self.schedule(step), self.method))
+        self._step = step
+
+    @property
+    def step_count(self) -> int:
+        """Completed optimizer steps."""
+        return self._step
+
+    @property
+    def target_sparsity(self) -> float:
+        """Share of zeros that the schedule asks for after the completed steps."""
+        return self.schedule(self._step)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Threshold of every kernel, by the name that it had in the dense model."""
+        return dict(self._thresholds)
+
+    @property
+    def sparsity(self) -> float:
+        """Measured share of zeros over all the sparsified weights."""
+        zeros = sum(_zeros(kernel.effective()) for kernel in self._kernels)
+        return zeros / sum(kernel.raw.numel() for kernel in self._kernels)
+
+    def report(self, *inputs: torch.Tensor) -> Report:
+        """Zeros per layer; multiply-adds too if an example of the model's inputs is given.
+
+        Args:
+            inputs: what the model is called with, once, without gradients and in evaluation mode.
+
+        Returns:
+            A report that prints as a table.
+        """
+        macs = _multiply_adds(self.model, inputs) if inputs else {}
+        layers = []
+        for kernel in self._kernels:
+            weight = kernel.effective()
+            dense = sum(macs.get(id(site.module), 0) for site in kernel.sites) if inputs else None
+            layers.append(LayerReport(kernel.name, tuple(weight.shape), _zeros(weight), dense))
+        return Report(self.method.name, self.target_sparsity, tuple(layers))
+
+    def freeze(self) -> None:
+        """Make the sparse weights the weights: zeros stay zero, the others train on without threshold.
+
+        Raises:
+            RuntimeError: the model has been finalized.
+        """
+        self._require_open("freeze")
+        if self._frozen:
+            return
+        for kernel in self._kernels:
+            weight = kernel.effective()
+            with torch.no_grad():
+                kernel.raw.copy_(weight)
+            kernel.parametrization.mask = weight != 0
+        self._frozen = True
+
+    def finalize(self) -> nn.Module:
+        """Write the sparse weights into the model and take every trace of this library off it.
+
+        Returns:
+            The model, an ordinary one: original classes, parameters and ``state_dict`` keys.
+
+        Raises:
+            RuntimeError: the model has been finalized already.
+        """
+        self._require_open("finalize")
+        if not self._frozen and self._step < self.schedule.end_step:
+            warnings.warn(
+                f"finalize: the schedule ends at step {self.schedule.end_step}, but only {self._step} were made; "
+                f"the target sparsity so far is {self.target_sparsity:.4g}",
+                stacklevel=2,
+            )
+        for kernel in self._kernels:
+            weight, raw = kernel.effective(), kernel.raw
+            for site, order in zip(kernel.sites, kernel.orders, strict=True):
+                detach(site, order)
+            with torch.no_grad():
+                raw.copy_(weight)
+        self._finalized = True
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be saved beside the model and the optimizer; plain numbers, strings and tensors."""
+        masks = {kernel.name: kernel.parametrization.mask for kernel in self._kernels}
+        return {
+            "step": self._step,
+            "method": asdict(self.method),
+            "schedule": _schedule_state(self.schedule),
+            "thresholds": self.thresholds,
+            "masks": {name: mask.clone() for name, mask in masks.items() if mask is not None},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; load the model's own state as well.
+
+        Raises:
+            ValueError: the state belongs to another model, method or schedule; the message names what
+                differs, and nothing has changed.
+            RuntimeError: the model has been finalized.
+        """
+        self._require_open("load_state_dict")
+        own = self.state_dict()
+        _check_state(own, state)
+        self._step = int(state["step"])
+        self._set_thresholds({name: float(value) for name, value in state["thresholds"].items()})
+        self._frozen = bool(state["masks"])
+        for kernel in self._kernels:
+            mask = state["masks"].get(kernel.name)
+            kernel.parametrization.mask = None if mask is None else mask.to(kernel.raw.device).clone()
+
+    def _set_thresholds(self, thresholds: dict[str, float]) -> None:
+        self._thresholds = thresholds
+        for kernel in self._kernels:
+            kernel.parametrization.threshold.fill_(thresholds[kernel.name])
+
+    def _require_open(self, member: str) -> None:
+        if self._finalized:
+            raise RuntimeError(f"Sparsifier.{member}: the model has been finalized; create a new Sparsifier")
+
+
+def _attach(name: str, sites: list[Site], method: Method) -> _Kernel:
+    layout = channel_layout(sites[0].module)
+    assert layout is not None  # find_kernels returns such modules only
+    parametrization = SparseWeight(_weight(sites[0]), method, layout)
+    orders = [list(site.module._parameters) for site in sites]
+    for site in sites:
+        attach(site, parametrization)
+    return _Kernel(name, sites, orders, parametrization)
+
+
+def _weight(site: Site) -> torch.Tensor:
+    weight: torch.Tensor = getattr(site.module, site.tensor_name)
+    return weight
+
+
+def _find_thresholds(weights: dict[str, torch.Tensor], sparsity: float, method: Method) -> dict[str, float]:
+    names, tensors = list(weights), [weight.detach() for weight in weights.values()]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        found = find_named_thresholds([as_array(t) for t in tensors], sparsity, method, names)
+    else:
+        dtypes = [NUMPY_DTYPES[tensor.dtype] for tensor in tensors]
+        units = tensor_units([tensor.shape for tensor in tensors], dtypes, method)
+        found = count_thresholds(TensorCounter(tensors, units, names), sparsity, units, dtypes)
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def _zeros(weight: torch.Tensor) -> int:
+    return weight.numel() - int(weight.count_nonzero())
+
+
+def _multiply_adds(model: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[int, int]:
+    """Multiply-adds of every module by its id."""
+    counter = FlopCounterMode(display=False)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), counter:
+            model(*inputs)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    root = type(model).__name__
+    counts = counter.get_flop_counts()
+    paths = {f"{root}.{path}" if path else root: module for path, module in model.named_modules()}
+    return {id(module): sum(counts.get(path, {}).values()) // 2 for path, module in paths.items()}
+
+
+def _schedule_state(schedule: PolynomialSchedule) -> dict[str, float]:
+    fields = ("target_sparsity", "begin_step", "end_step", "power", "update_frequency", "initial_sparsity")
+    return {field: getattr(schedule, field) for field in fields}
+
+
+def _check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
+    missing = sorted(set(own) - set(state))
+    if missing:
+        raise ValueError(f"Sparsifier.load_state_dict: state lacks {missing}, got keys {sorted(state)}")
+    for part in ("method", "schedule"):
+        for field, value in own[part].items():
+            other = state[part].get(field)
+            if other != value and not (part == "method" and field == "name"):
+                raise ValueError(
+                    f"Sparsifier.load_state_dict: state has {part}.{field}={other!r}, but this Sparsifier has {value!r}"
+                )
+    differing = sorted(set(own["thresholds"]) ^ set(state["thresholds"]))
+    if differing:
+        raise ValueError(
+            f"Sparsifier.load_state_dict: state belongs to another model; kernels in only one of them: {differing}"
+        )

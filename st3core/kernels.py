@@ -1,0 +1,444 @@
+"""Numba kernels: loops over memory, and nothing else.
+
+Private. A kernel validates nothing and decides nothing; the drivers in :mod:`st3core.counting` and
+:mod:`st3core.operators` do. Every kernel has a plain NumPy twin in :mod:`st3core.reference` and also
+runs as ordinary Python under ``NUMBA_DISABLE_JIT=1``.
+
+Weights arrive as *tables of addresses*, so that one call serves any number of tensors of one memory
+format. All the kernels live in this one file because Numba's on-disk cache is keyed by the file of the
+outer function: a change of an inlined helper elsewhere would go unnoticed.
+
+Loops run over slices from zero (``block = source[start:stop]; for i in range(block.size)``): for an
+index that is not provably non-negative Numba emits a wrap-around test, and LLVM then gives up on SIMD.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numba import carray, config, njit, types
+from numba.extending import intrinsic
+
+from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET
+
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)
+"""Memory formats; the kernels read them as uint16, uint16, uint32 and uint64."""
+
+BLOCK = 1024
+"""Elements that are converted and examined at a time: 4 or 8 KiB of first-level cache."""
+
+LANES = 64
+"""Partial sums of a channel. Fixed, so that sums do not depend on the machine's SIMD width."""
+
+_SUB_BLOCK = 32
+_jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+# --- Memory -----------------------------------------------------------------------------------------
+
+if config.DISABLE_JIT:
+
+    def array_at(address: int, size: int, like: np.ndarray) -> np.ndarray:
+        """One-dimensional view of ``size`` elements of ``like``'s dtype at ``address``."""
+        if size == 0:
+            return np.empty(0, like.dtype)
+        buffer = (ctypes.c_char * (int(size) * like.dtype.itemsize)).from_address(int(address))
+        return np.frombuffer(buffer, like.dtype)
+
+else:
+
+    @intrinsic
+    def _pointer(typing_context: Any, address: types.Type) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.voidptr(types.int64), generate
+
+    @_jit
+    def array_at(address, size, like):  # type: ignore[no-untyped-def]
+        """One-dimensional view of ``size`` elements of ``like``'s dtype at ``address``."""
+        return carray(_pointer(address), (size,), like.dtype)
+
+
+# --- Half precision: exact widening, rounding to nearest even, no subnormal float32 on the way ------
+
+
+@_jit
+def _widen_float16(source, values):  # type: ignore[no-untyped-def]
+    bits = values.view(np.uint32)
+    for i in range(source.size):
+        magnitude = np.uint32(source[i] & 0x7FFF)
+        exponent_shift = np.uint32(112 << 23)  # 127 - 15: the difference of the exponents' biases
+        if magnitude < 0x400:
+            exponent_shift = np.uint32(113 << 23)
+        if magnitude >= 0x7C00:
+            exponent_shift = np.uint32(224 << 23)
+        bits[i] = np.uint32((magnitude << np.uint32(13)) + exponent_shift)
+    for i in range(source.size):
+        if (source[i] & 0x7FFF) < 0x400:
+            values[i] -= np.float32(2.0**-14)
+    for i in range(source.size):
+        bits[i] |= np.uint32(source[i] & 0x8000) << np.uint32(16)
+
+
+@_jit
+def _narrow_float16(values, scratch, target):  # type: ignore[no-untyped-def]
+    bits, scratch_bits = values.view(np.uint32), scratch.view(np.uint32)
+    for i in range(target.size):  # the addition rounds what will be a subnormal float16
+        scratch[i] = abs(values[i]) + np.float32(0.5)
+    for i in range(target.size):
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+        if magnitude >= np.uint32(0x47800000):
+            half = np.uint32(0x7C00)
+        elif magnitude < np.uint32(0x38800000):
+            half = np.uint32(scratch_bits[i] - np.uint32(0x3F000000))
+        else:
+            odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+            rounded = magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd
+            half = np.uint32(rounded >> np.uint32(13))
+        sign = (bits[i] >> np.uint32(16)) & np.uint32(0x8000)
+        target[i] = np.uint16(half | sign)
+
+
+@_jit
+def _widen_bfloat16(source, values):  # type: ignore[no-untyped-def]
+    bits = values.view(np.uint32)
+    for i in range(source.size):
+        bits[i] = np.uint32(source[i]) << np.uint32(16)
+
+
+@_jit
+def _narrow_bfloat16(values, target):  # type: ignore[no-untyped-def]
+    bits = values.view(np.uint32)
+    for i in range(target.size):
+        odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+        # In 64 bits, or the largest NaN patterns would wrap around to zero.
+        rounded = np.uint64(bits[i]) + np.uint64(0x7FFF) + np.uint64(odd)
+        target[i] = np.uint16(rounded >> np.uint64(16))
+
+
+# --- Magnitudes as keys: the bits of a non-negative float order like the float ---------------------
+
+
+@_jit
+def _load_float32_magnitudes(source, memory_format, scale, magnitudes):  # type: ignore[no-untyped-def]
+    if memory_format == FLOAT32:
+        bits = magnitudes.view(np.uint32)
+        for i in range(source.size):
+            bits[i] = np.uint32(source[i]) & np.uint32(0x7FFFFFFF)
+    else:
+        if memory_format == FLOAT16:
+            _widen_float16(source, magnitudes)
+        else:
+            _widen_bfloat16(source, magnitudes)
+        for i in range(source.size):
+            magnitudes[i] = abs(magnitudes[i])
+    if scale != 1.0:
+        divisor = np.float32(scale)
+        for i in range(source.size):
+            magnitudes[i] = magnitudes[i] / divisor
+
+
+@_jit
+def _load_float64_magnitudes(source, memory_format, scale, narrow, magnitudes):  # type: ignore[no-untyped-def]
+    if memory_format == FLOAT64:
+        bits = magnitudes.view(np.uint64)
+        for i in range(source.size):
+            bits[i] = np.uint64(source[i]) & np.uint64(0x7FFFFFFFFFFFFFFF)
+        if scale != 1.0:
+            for i in range(source.size):
+                magnitudes[i] = magnitudes[i] / scale
+    else:  # formed in the weight's own precision, then widened
+        _load_float32_magnitudes(source, memory_format, scale, narrow)
+        for i in range(source.size):
+            magnitudes[i] = narrow[i]
+
+
+@_jit
+def _load_keys(source, memory_format, scale, narrow, magnitudes):  # type: ignore[no-untyped-def]
+    if magnitudes.itemsize == 4:
+        _load_float32_magnitudes(source, memory_format, scale, magnitudes.view(np.float32))
+    else:
+        wide = magnitudes.view(np.float64)
+        _load_float64_magnitudes(source, memory_format, scale, narrow, wide)
+
+
+@_jit
+def _count_block(keys, low, high, shift, histogram):  # type: ignore[no-untyped-def]
+    below, inside, largest = np.uint32(0), np.uint32(0), keys[0]
+    for i in range(keys.size):
+        key = keys[i]
+        below = np.uint32(below + np.uint32(key < low))
+        inside = np.uint32(inside + np.uint32((key >= low) & (key < high)))
+        largest = max(largest, key)
+    if inside > 0:
+        _scatter(keys, low, high, shift, histogram)
+    return below, largest
+
+
+@_jit
+def _scatter(keys, low, high, shift, histogram):  # type: ignore[no-untyped-def]
+    for start in range(0, keys.size, _SUB_BLOCK):
+        block = keys[start : start + _SUB_BLOCK]
+        inside = np.uint32(0)
+        for i in range(block.size):
+            key = block[i]
+            inside = np.uint32(inside + np.uint32((key >= low) & (key < high)))
+        if inside > 0:
+            for i in range(block.size):
+                key = block[i]
+                if key >= low and key < high:
+                    histogram[np.intp((key - low) >> shift)] += 1
+
+
+@_jit
+def count(chunks, scales, memory_format, source_like, interval, histogram):  # type: ignore[no-untyped-def]
+    """Count the keys below ``interval``, and those inside it by bin; also find the largest key.
+
+    Args:
+        chunks: int64 ``(m, 3)``: address, number of elements, index into ``scales``.
+        scales: float64: what each tensor's magnitudes are divided by.
+        memory_format: FLOAT16, BFLOAT16, FLOAT32 or FLOAT64.
+        source_like: empty array of the unsigned type that holds one element.
+        interval: ``(low, high, shift)`` in the unsigned type of the keys.
+        histogram: int64; bin ``j`` is raised by the number of keys with ``(key - low) >> shift == j``.
+
+    Returns:
+        Number of keys below ``low`` and the largest key.
+    """
+    low, high, shift = interval[0], interval[1], interval[2]
+    keys = np.empty(BLOCK, interval.dtype)
+    narrow = np.empty(BLOCK, np.float32)
+    below, largest = 0, interval.dtype.type(0)
+    for c in range(chunks.shape[0]):
+        source = array_at(chunks[c, 0], chunks[c, 1], source_like)
+        scale = scales[chunks[c, 2]]
+        for start in range(0, source.size, BLOCK):
+            block = source[start : start + BLOCK]
+            _load_keys(block, memory_format, scale, narrow, keys)
+            block_below, block_largest = _count_block(keys[: block.size], low, high, shift, histogram)
+            below += block_below
+            largest = max(largest, block_largest)
+    return below, largest
+
+
+@_jit
+def successor(chunks, scales, memory_format, source_like, key):  # type: ignore[no-untyped-def]
+    """Smallest key above ``key[0]``; ``key[1]`` where there is none. Arguments as in :func:`count`."""
+    floor, best = key[0], key[1]
+    keys = np.empty(BLOCK, key.dtype)
+    narrow = np.empty(BLOCK, np.float32)
+    for c in range(chunks.shape[0]):
+        source = array_at(chunks[c, 0], chunks[c, 1], source_like)
+        scale = scales[chunks[c, 2]]
+        for start in range(0, source.size, BLOCK):
+            block = source[start : start + BLOCK]
+            _load_keys(block, memory_format, scale, narrow, keys)
+            for i in range(block.size):
+                if keys[i] > floor and keys[i] < best:
+                    best = keys[i]
+    return best
+
+
+@_jit
+def sample(chunks, scales, memory_format, source_like, stride, keys):  # type: ignore[no-untyped-def]
+    """Write the key of every ``stride``-th element, starting in the middle; return how many."""
+    narrow = np.empty(1, np.float32)
+    taken, position = 0, stride // 2
+    for c in range(chunks.shape[0]):
+        source = array_at(chunks[c, 0], chunks[c, 1], source_like)
+        scale = scales[chunks[c, 2]]
+        while position < source.size and taken < keys.size:
+            element = source[position : position + 1]
+            _load_keys(element, memory_format, scale, narrow, keys[taken : taken + 1])
+            taken += 1
+            position += stride
+        position -= source.size
+    return taken
+
+
+# --- The operator ---------------------------------------------------------------------------------
+
+
+@_jit
+def _load_values(source, memory_format, buffer):  # type: ignore[no-untyped-def]
+    if memory_format == FLOAT16:
+        _widen_float16(source, buffer)
+        return buffer[: source.size]
+    if memory_format == BFLOAT16:
+        _widen_bfloat16(source, buffer)
+        return buffer[: source.size]
+    return source.view(buffer.dtype)
+
+
+@_jit
+def _store_values(values, memory_format, scratch, target):  # type: ignore[no-untyped-def]
+    if memory_format == FLOAT16:
+        _narrow_float16(values, scratch, target)
+    else:
+        _narrow_bfloat16(values, target)
+
+
+@_jit
+def _accumulate(values, threshold, lanes):  # type: ignore[no-untyped-def]
+    # Sums of float32 magnitudes in float64 have bits to spare. Those of float64 carry their rounding
+    # errors along (Knuth's two-sum) and are kept 2**64 times too small, or they could overflow.
+    if values.itemsize == 8:
+        for i in range(values.size):
+            magnitude = abs(values[i]) * 2.0**-64
+            _add(lanes[0], lanes[2], i, magnitude)
+            _add(lanes[1], lanes[3], i, magnitude if abs(values[i]) > threshold else 0.0)
+    else:
+        everything, kept = lanes[0], lanes[1]
+        for i in range(values.size):
+            magnitude = abs(values[i])
+            everything[i] += magnitude
+            kept[i] += magnitude if magnitude > threshold else np.float32(0)
+
+
+@_jit
+def _add(sums, errors, i, value):  # type: ignore[no-untyped-def]
+    total = sums[i] + value
+    added = total - sums[i]
+    errors[i] += (sums[i] - (total - added)) + (value - added)
+    sums[i] = total
+
+
+@_jit
+def _scale(lanes, start, stop, size, itemsize):  # type: ignore[no-untyped-def]
+    epsilon = RESCALE_EPSILON * (2.0**-64 if itemsize == 8 else 1.0)
+    for i in range(start + 1, stop):
+        _add(lanes[0], lanes[2], start, lanes[0, i])
+        _add(lanes[1], lanes[3], start, lanes[1, i])
+        lanes[2, start] += lanes[2, i]
+        lanes[3, start] += lanes[3, i]
+    everything, kept = lanes[0, start] + lanes[2, start], lanes[1, start] + lanes[3, start]
+    ratio = (kept / size + epsilon) / (everything / size + epsilon)
+    return RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)
+
+
+@_jit
+def _row_scale(row, memory_format, threshold, buffer, lanes):  # type: ignore[no-untyped-def]
+    lanes[:] = 0.0
+    for start in range(0, row.size, BLOCK):
+        values = _load_values(row[start : start + BLOCK], memory_format, buffer)
+        for lane_start in range(0, values.size, LANES):
+            _accumulate(values[lane_start : lane_start + LANES], threshold, lanes)
+    return _scale(lanes, 0, min(LANES, row.size), row.size, row.itemsize)
+
+
+@_jit
+def _shrink_row(values, threshold, hard, scale, output):  # type: ignore[no-untyped-def]
+    zero = threshold - threshold
+    if hard:
+        for i in range(values.size):
+            output[i] = scale * values[i] if abs(values[i]) > threshold else zero
+    else:
+        for i in range(values.size):
+            output[i] = scale * (values[i] - min(max(values[i], -threshold), threshold))
+
+
+@_jit
+def _shrink_columns(values, threshold, hard, scales, output):  # type: ignore[no-untyped-def]
+    zero = threshold - threshold
+    if hard:
+        for i in range(values.size):
+            output[i] = scales[i] * values[i] if abs(values[i]) > threshold else zero
+    else:
+        for i in range(values.size):
+            output[i] = scales[i] * (values[i] - min(max(values[i], -threshold), threshold))
+
+
+@_jit
+def _write_row(source, memory_format, threshold, hard, scale, buffers, target):  # type: ignore[no-untyped-def]
+    values_buffer, scratch = buffers
+    for start in range(0, source.size, BLOCK):
+        values = _load_values(source[start : start + BLOCK], memory_format, values_buffer)
+        block = target[start : start + BLOCK]
+        if memory_format == FLOAT16 or memory_format == BFLOAT16:
+            _shrink_row(values, threshold, hard, scale, values)
+            _store_values(values, memory_format, scratch, block)
+        else:
+            _shrink_row(values, threshold, hard, scale, block.view(values_buffer.dtype))
+
+
+@_jit
+def _write_columns(source, memory_format, threshold, hard, scales, buffers, target):  # type: ignore[no-untyped-def]
+    values_buffer, scratch = buffers
+    for start in range(0, source.size, BLOCK):
+        values = _load_values(source[start : start + BLOCK], memory_format, values_buffer)
+        block, block_scales = target[start : start + BLOCK], scales[start : start + BLOCK]
+        if memory_format == FLOAT16 or memory_format == BFLOAT16:
+            _shrink_columns(values, threshold, hard, block_scales, values)
+            _store_values(values, memory_format, scratch, block)
+        else:
+            _shrink_columns(values, threshold, hard, block_scales, block.view(values_buffer.dtype))
+
+
+@_jit
+def _apply_rows(source, target, memory_format, threshold, hard, rescale, size, buffers):  # type: ignore[no-untyped-def]
+    lanes = np.empty((4, LANES), np.float64)
+    scale = threshold.dtype.type(1.0)
+    for first in range(0, source.size, size):
+        row = source[first : first + size]
+        if rescale:
+            channel_scale = _row_scale(row, memory_format, threshold[0], buffers[0], lanes)
+            scale = threshold.dtype.type(channel_scale)
+        _write_row(row, memory_format, threshold[0], hard, scale, buffers, target[first : first + size])
+
+
+@_jit
+def _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers):  # type: ignore[no-untyped-def]
+    repeats, stride, start, stop, size = layout
+    width = (stop - start) * size
+    scales = np.ones(width, threshold.dtype)
+    if rescale:
+        lanes = np.zeros((4, width), np.float64)
+        for b in range(repeats):
+            segment = source[b * stride + start * size : b * stride + stop * size]
+            for offset in range(0, width, BLOCK):
+                values = _load_values(segment[offset : offset + BLOCK], memory_format, buffers[0])
+                _accumulate(values, threshold[0], lanes[:, offset : offset + BLOCK])
+        for c in range(0, width, size):
+            scales[c : c + size] = _scale(lanes, c, c + size, repeats * size, source.itemsize)
+    for b in range(repeats):
+        segment = source[b * stride + start * size : b * stride + stop * size]
+        output = target[b * stride + start * size : b * stride + stop * size]
+        _write_columns(segment, memory_format, threshold[0], hard, scales, buffers, output)
+
+
+@_jit
+def apply(units, thresholds, memory_format, source_like, hard, rescale):  # type: ignore[no-untyped-def]
+    """Threshold and rescale the channels of each unit; a threshold of 0 copies.
+
+    Args:
+        units: int64 ``(m, 8)``: address of the source and of the target of one slab with dimensions
+            ``(repeats, channels, size)``, these three, the first and the last + 1 of the channels to
+            treat, and the index into ``thresholds``. Sums run over ``repeats`` and ``size``. The two
+            addresses are the same or the memory does not overlap.
+        thresholds: in the compute type (float32, or float64 for FLOAT64).
+        memory_format: FLOAT16, BFLOAT16, FLOAT32 or FLOAT64.
+        source_like: empty array of the unsigned type that holds one element.
+        hard: keep the weights above the threshold as they are, instead of shrinking them.
+        rescale: multiply each channel by its scale.
+    """
+    buffers = (np.empty(BLOCK, thresholds.dtype), np.empty(BLOCK, np.float32))
+    for u in range(units.shape[0]):
+        repeats, channels, size = units[u, 2], units[u, 3], units[u, 4]
+        start, stop = units[u, 5], units[u, 6]
+        threshold = thresholds[units[u, 7] : units[u, 7] + 1]
+        source = array_at(units[u, 0], repeats * channels * size, source_like)
+        target = array_at(units[u, 1], repeats * channels * size, source_like)
+        if repeats == 1:
+            source, target = source[start * size : stop * size], target[start * size : stop * size]
+            if threshold[0] == 0:
+                target[:] = source
+            else:
+                _apply_rows(source, target, memory_format, threshold, hard, rescale, size, buffers)
+        elif threshold[0] == 0:
+            for b in range(repeats):
+                first, last = (b * channels + start) * size, (b * channels + stop) * size
+                target[first:last] = source[first:last]
+        else:
+            layout = (repeats, channels * size, start, stop, size)
+            _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers)

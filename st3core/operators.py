@@ -1,0 +1,230 @@
+"""What a threshold does to a weight, and what becomes of its gradient (spec, equations 3 to 6)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from st3core import kernels, reference, threads
+from st3core._validation import as_channel_axes, as_threshold, check_array, describe_non_finite
+from st3core.memory import MEMORY_FORMATS, memory_order
+from st3core.method import Method, get_method
+
+_STRIPE = 1 << 10
+"""Elements of the innermost axes that one thread treats at a time where channels are interleaved."""
+
+
+def sparsify(
+    weight: np.ndarray,
+    threshold: float,
+    method: str | Method = "st3",
+    *,
+    channel_axis: int | Sequence[int] = 0,
+    out: np.ndarray | None = None,
+    check_finite: bool = True,
+) -> np.ndarray:
+    r"""Forward weight of a raw weight: thresholded, then rescaled (spec, equations 3 to 5).
+
+    .. math:: \hat w = \alpha_c\, T_\lambda(w), \qquad T_\lambda(w) = w - \min(\max(w, -\lambda), \lambda)
+
+    Args:
+        weight: float16, bfloat16, float32 or float64, of any shape and strides; not written to unless
+            it is ``out``. Half precision is computed in float32 and rounded once.
+        threshold: :math:`\lambda \ge 0` in units of ``weight``; it is rounded to the weight's dtype
+            first. 0 means no threshold: the result equals ``weight``.
+        method: name of a preset, or a :class:`~st3core.Method`; its operator and rescale matter here.
+        channel_axis: axis of the output channels that the rescale treats one by one; several axes
+            where several of them number the channels.
+        out: array to write to, of the same shape and dtype; may be ``weight`` itself.
+        check_finite: look for NaN and infinity first. Without it a call is faster by one read of the
+            weight, and a NaN or infinity gives an unspecified result.
+
+    Returns:
+        ``out``, or a new array of the same shape and dtype; exactly zero where ``|weight|`` is at most
+        the threshold, and nowhere else.
+
+    Raises:
+        TypeError: ``weight`` or ``out`` is not an array of such a dtype; ``threshold`` is not a number;
+            ``channel_axis`` is not an integer.
+        ValueError: ``weight`` holds NaN or infinity; ``threshold`` is negative or not finite;
+            ``channel_axis`` is out of range; ``out`` does not match; ``method`` is unknown.
+
+    References:
+        ST-3, arXiv 2212.01076, section 3.
+
+    Examples:
+        >>> sparsify(np.array([[-1.5, 0.25], [0.5, 2.0]]), 0.5, "hard_ste")
+        array([[-1.5,  0. ],
+               [ 0. ,  2. ]])
+    """
+    chosen = get_method(method)
+    check_array(weight, "sparsify", "weight")
+    limit = as_threshold(threshold, "sparsify")
+    axes = as_channel_axes(channel_axis, weight.ndim, "sparsify")
+    if out is not None:
+        _check_out(out, weight)
+    if check_finite:
+        _check_finite(weight, "sparsify")
+    native = weight.dtype.newbyteorder("=")
+    order = memory_order(weight)
+    source = weight if order is not None else np.ascontiguousarray(weight, native)
+    order = memory_order(source) or ()
+    target = _target(source, order, out)
+    _apply(source, target, order, limit, chosen, axes)
+    if out is None:
+        return target
+    if target is not out:
+        out[...] = target
+    return out
+
+
+def backward(
+    grad: np.ndarray,
+    weight: np.ndarray,
+    threshold: float,
+    method: str | Method = "st3",
+    *,
+    channel_axis: int | Sequence[int] = 0,
+) -> np.ndarray:
+    r"""Gradient of the raw weight from that of the forward weight (spec, equation 6).
+
+    .. math:: \frac{\partial L}{\partial w} = \frac{\partial L}{\partial \hat w}
+              \quad\text{(straight-through)}, \qquad
+              \frac{\partial L}{\partial w} = \frac{\partial L}{\partial \hat w}\,[|w| > \lambda]
+              \quad\text{(masked)}
+
+    Args:
+        grad: gradient of the loss for the forward weight, of the weight's shape and dtype. Values that
+            are not finite pass like any other.
+        weight: the raw weight, as in :func:`sparsify`.
+        threshold: :math:`\lambda \ge 0` in units of ``weight``.
+        method: name of a preset, or a :class:`~st3core.Method`; its backward rule matters here.
+        channel_axis: as in :func:`sparsify`; no rule so far depends on it.
+
+    Returns:
+        New array of the same shape and dtype.
+
+    Raises:
+        TypeError: ``grad`` or ``weight`` is not an array of a supported dtype, or their dtypes differ.
+        ValueError: their shapes differ; ``weight`` holds NaN or infinity; ``threshold``,
+            ``channel_axis`` or ``method`` is not valid.
+
+    References:
+        ST-3, arXiv 2212.01076, section 3.1.
+
+    Examples:
+        >>> backward(np.array([1.0, 2.0]), np.array([0.25, -3.0]), 0.5, "gmp")
+        array([0., 2.])
+    """
+    chosen = get_method(method)
+    check_array(grad, "backward", "grad")
+    check_array(weight, "backward", "weight")
+    _check_match(grad, weight, "backward", "grad")
+    limit = as_threshold(threshold, "backward")
+    as_channel_axes(channel_axis, weight.ndim, "backward")
+    _check_finite(weight, "backward")
+    result = reference.backward(grad, weight, limit, rule=chosen.backward)
+    return result.astype(grad.dtype.newbyteorder("="), copy=False)
+
+
+def unit_table(
+    source: int, target: int, shape: Sequence[int], channel_axes: Sequence[int], itemsize: int, tensor: int = 0
+) -> NDArray[np.int64]:
+    """Rows of :func:`st3core.kernels.apply` for one tensor of C-contiguous memory.
+
+    Args:
+        source: address that is read.
+        target: address that is written.
+        shape: of the memory, slowest axis first.
+        channel_axes: those axes of ``shape`` that number the output channels.
+        itemsize: bytes of an element.
+        tensor: index of the tensor's threshold.
+
+    Returns:
+        int64, shape ``(rows, 8)``. Rows are independent of each other.
+
+    Raises:
+        ValueError: the axes alternate more often than in ``(channels, rest, channels, rest)``.
+    """
+    slabs, repeats, channels, size = _collapsed(shape, channel_axes)
+    step = max(_STRIPE // max(size, 1), 1)
+    starts = np.arange(0, channels, step)
+    table = np.zeros((slabs, len(starts), 8), np.int64)
+    offset = np.arange(slabs)[:, None] * (repeats * channels * size * itemsize)
+    table[..., 0], table[..., 1] = source + offset, target + offset
+    table[..., 2:5] = repeats, channels, size
+    table[..., 5], table[..., 6] = starts, np.minimum(starts + step, channels)
+    table[..., 7] = tensor
+    return table.reshape(-1, 8)
+
+
+def _collapsed(shape: Sequence[int], channel_axes: Sequence[int]) -> tuple[int, int, int, int]:
+    """``(slabs, repeats, channels, size)``: channels, summed, channels, summed; adjacent axes merged."""
+    kinds: list[tuple[bool, int]] = []
+    for axis, length in enumerate(shape):
+        is_channel = axis in channel_axes
+        if length == 1:
+            continue
+        if kinds and kinds[-1][0] == is_channel:
+            kinds[-1] = (is_channel, kinds[-1][1] * length)
+        else:
+            kinds.append((is_channel, length))
+    if kinds and kinds[-1][0]:
+        kinds.append((False, 1))
+    lengths = [length for _, length in kinds]
+    if len(lengths) > 4:
+        raise ValueError(f"unit_table: channel_axes alternate too often for shape {tuple(shape)}: {channel_axes}")
+    padded = [1] * (4 - len(lengths)) + lengths
+    return padded[0], padded[1], padded[2], padded[3]
+
+
+def _apply(
+    source: np.ndarray,
+    target: np.ndarray,
+    order: tuple[int, ...],
+    threshold: float,
+    method: Method,
+    axes: tuple[int, ...],
+) -> None:
+    if source.size == 0:
+        return
+    memory = MEMORY_FORMATS[source.dtype.name]
+    addresses = [a.__array_interface__["data"][0] for a in (source, target)]
+    shape = [source.shape[axis] for axis in order]
+    channel_axes = [order.index(axis) for axis in axes]
+    units = unit_table(*addresses, shape, channel_axes, memory.dtype.itemsize)
+    limit = np.asarray(threshold).astype(memory.dtype).astype(memory.compute).reshape(1)
+    flags = method.operator == "hard", method.rescale == "channel"
+    like = np.empty(0, memory.bits)
+    work = (units[:, 6] - units[:, 5]) * units[:, 2] * units[:, 4]
+    parts = [(units[piece], limit, memory.code, like, *flags) for piece in threads.split(work)]
+    threads.run(kernels.apply, parts)
+
+
+def _target(source: np.ndarray, order: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
+    """``out`` where the kernel can write to it directly, else a new array laid out like ``source``."""
+    if out is not None and memory_order(out) == order:
+        same = out.__array_interface__["data"][0] == source.__array_interface__["data"][0]
+        if same or not np.may_share_memory(out, source):
+            return out
+    return np.empty_like(source, subok=False)
+
+
+def _check_match(array: np.ndarray, weight: np.ndarray, function: str, argument: str) -> None:
+    if array.dtype.newbyteorder("=") != weight.dtype.newbyteorder("="):
+        raise TypeError(f"{function}: {argument} must have the weight's dtype {weight.dtype}, got {array.dtype}")
+    if array.shape != weight.shape:
+        raise ValueError(f"{function}: {argument} must have the weight's shape {weight.shape}, got {array.shape}")
+
+
+def _check_out(out: Any, weight: np.ndarray) -> None:
+    check_array(out, "sparsify", "out")
+    _check_match(out, weight, "sparsify", "out")
+    if not out.flags.writeable:
+        raise ValueError("sparsify: out must be writeable, got a read-only array")
+
+
+def _check_finite(weight: np.ndarray, function: str) -> None:
+    if not np.isfinite(weight).all():
+        raise ValueError(describe_non_finite(weight, function, "weight"))

@@ -1,0 +1,183 @@
+"""Who decides: the exact global threshold, from counts alone (spec, equation 2).
+
+The search never sees a weight. It asks a :class:`Counter` how many keys lie below an interval and how
+many in each bin of it, and narrows the interval until the wanted rank has a bin of its own. Any counter
+will do whose answers are sums over its parts: threads, shards on several machines, an accelerator.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from st3core import reference
+from st3core._validation import as_sparsity, check_array
+from st3core.counting import ArrayCounter
+from st3core.method import Method, get_method
+
+BINS = 1 << 16
+"""Bins of one histogram; 512 KiB for each thread."""
+
+_SAMPLE = 1 << 14
+_SAMPLE_FROM = 1 << 20
+_SAMPLE_MARGIN = 4.0
+
+
+class Counter(Protocol):
+    """What the search asks for; see :class:`st3core.counting.ArrayCounter` for the meaning."""
+
+    size: int
+    infinity: int
+
+    def magnitude(self, key: int) -> float: ...
+
+    def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]: ...
+
+    def successor(self, key: int) -> int: ...
+
+    def sample(self, count: int) -> np.ndarray: ...
+
+
+def find_thresholds(
+    weights: Sequence[np.ndarray], sparsity: float, method: str | Method = "st3"
+) -> NDArray[np.float64]:
+    r"""Threshold of every tensor for one global sparsity (spec, equation 2).
+
+    .. math:: \lambda = e_1 + (h - k)(e_2 - e_1), \qquad h = (n - 1) s,\ k = \lfloor h \rfloor
+
+    with the order statistics :math:`e_1 = m_{(k)}, e_2 = m_{(k+1)}` of all magnitudes, and
+    :math:`\lambda_i = \lambda \sigma_i` for tensor :math:`i`. Exact for any number of weights: the
+    weights are counted where they lie, never sorted, copied or concatenated.
+
+    Args:
+        weights: arrays of float16, bfloat16, float32 or float64, of any shapes and strides; never
+            written to. One that has no elements gets a threshold too.
+        sparsity: share of zeros :math:`s` in [0, 1).
+        method: name of a preset, or a :class:`~st3core.Method`; its score matters here.
+
+    Returns:
+        float64, shape ``(len(weights),)``: :math:`\lambda_i` in units of ``weights[i]``; zeros for
+        ``sparsity == 0``. Rounded to the tensor's dtype it separates the same weights.
+
+    Raises:
+        TypeError: ``weights`` is not a sequence of such arrays, or ``sparsity`` is not a number.
+        ValueError: ``weights`` holds no weight at all, or a NaN or infinite one; ``sparsity`` is
+            outside [0, 1); ``method`` is unknown.
+
+    References:
+        ST-3, arXiv 2212.01076, section 3.2.
+
+    Examples:
+        >>> find_thresholds([np.array([3.0, -1.0]), np.array([[0.5], [-2.0]])], 0.5)
+        array([1.5, 1.5])
+    """
+    arrays = _as_arrays(weights)
+    return find_named_thresholds(arrays, sparsity, method, [f"weights[{i}]" for i in range(len(arrays))])
+
+
+def find_named_thresholds(
+    weights: Sequence[np.ndarray], sparsity: float, method: str | Method, names: Sequence[str]
+) -> NDArray[np.float64]:
+    """:func:`find_thresholds` for checked arrays, with the names that messages give them."""
+    share = as_sparsity(sparsity, "find_thresholds")
+    dtypes = [w.dtype.newbyteorder("=") for w in weights]
+    units = tensor_units([w.shape for w in weights], dtypes, get_method(method))
+    return count_thresholds(ArrayCounter(weights, units, names), share, units, dtypes)
+
+
+def count_thresholds(
+    counter: "Counter", sparsity: float, units: Sequence[float], dtypes: Sequence[np.dtype[Any]]
+) -> NDArray[np.float64]:
+    """Threshold of every tensor, from what ``counter`` says of all of them.
+
+    Args:
+        counter: counts the keys of the tensors; its answers are all that is known of them.
+        sparsity: share of zeros in [0, 1).
+        units: sigma of every tensor, from :func:`tensor_units`.
+        dtypes: of every tensor.
+
+    Returns:
+        float64, one threshold for each tensor.
+
+    Raises:
+        ValueError: there is no weight at all, or one is NaN or infinite.
+    """
+    if counter.size == 0:
+        raise ValueError("find_thresholds: weights must hold at least one weight, got only empty tensors")
+    if sparsity == 0:
+        counter.histogram(0, 1, 0)  # for its check that all weights are finite
+        return np.zeros(len(units))
+    rank, fraction = reference.position(counter.size, sparsity)
+    e1, e2 = (counter.magnitude(key) for key in order_statistics(counter, rank))
+    threshold = e1 + fraction * (e2 - e1) if fraction else e1
+    return tensor_thresholds(threshold, e1, e2, units, dtypes)
+
+
+def tensor_units(shapes: Sequence[Sequence[int]], dtypes: Sequence[np.dtype[Any]], method: Method) -> list[float]:
+    """Sigma of every tensor (equation 1a), rounded to the dtype in which magnitudes are formed."""
+    compute = [reference.compute_dtype(dtype).type for dtype in dtypes]
+    return [float(c(reference.sigma(s, method.score))) for s, c in zip(shapes, compute, strict=True)]
+
+
+def order_statistics(counter: Counter, rank: int) -> tuple[int, int]:
+    """Keys of rank ``rank`` and ``rank + 1`` (0-based); the key of infinity where there is no second."""
+    low, high = 0, counter.infinity
+    first, last = _guess(counter, rank)
+    while True:
+        shift = max((last - first - 1).bit_length() - (BINS.bit_length() - 1), 0)
+        below, histogram = counter.histogram(first, last, shift)
+        ends = below + np.cumsum(histogram)
+        if rank < below:
+            high = first
+        elif rank >= ends[-1]:
+            low = last
+        else:
+            bin = int(np.searchsorted(ends, rank, side="right"))
+            low = first + (bin << shift)
+            high = min(last, low + (1 << shift))
+            if shift == 0:
+                return low, _next_key(counter, low, rank, ends[bin], histogram[bin + 1 :])
+        first, last = low, high
+
+
+def _next_key(counter: Counter, key: int, rank: int, end: int, later: NDArray[np.int64]) -> int:
+    """Key of rank ``rank + 1``, given that of ``rank``, the keys up to it, and the bins of width 1 above."""
+    if rank + 1 < end:
+        return key
+    occupied = np.flatnonzero(later)
+    return key + 1 + int(occupied[0]) if len(occupied) else counter.successor(key)
+
+
+def _guess(counter: Counter, rank: int) -> tuple[int, int]:
+    """Interval that probably holds the rank: narrow, so that few keys need more than a comparison."""
+    if counter.size < _SAMPLE_FROM:
+        return 0, counter.infinity
+    keys = counter.sample(_SAMPLE)
+    share = (rank + 0.5) / counter.size
+    margin = _SAMPLE_MARGIN * np.sqrt(len(keys) * share * (1 - share)) + 2
+    left, right = int(share * len(keys) - margin), int(share * len(keys) + margin) + 1
+    first = int(keys[left]) if left >= 0 else 0
+    last = int(keys[right]) + 1 if right < len(keys) else counter.infinity
+    return first, last
+
+
+def tensor_thresholds(
+    threshold: float, e1: float, e2: float, units: Sequence[float], dtypes: Sequence[np.dtype[Any]]
+) -> NDArray[np.float64]:
+    """:func:`st3core.reference.tensor_threshold` of every tensor, each distinct case once."""
+    cases = list(zip(dtypes, units, strict=True))
+    known = {case: reference.tensor_threshold(*case, e1, e2, threshold) for case in set(cases)}
+    return np.array([known[case] for case in cases])
+
+
+def _as_arrays(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+    if isinstance(weights, np.ndarray) or not hasattr(weights, "__iter__"):
+        kind = type(weights).__name__
+        raise TypeError(f"find_thresholds: weights must be a sequence of NumPy arrays, got {kind}")
+    arrays = list(weights)
+    if not arrays:
+        raise ValueError("find_thresholds: weights must hold at least one array, got an empty sequence")
+    for index, array in enumerate(arrays):
+        check_array(array, "find_thresholds", f"weights[{index}]")
+    return arrays

@@ -1,0 +1,65 @@
+"""Work on several threads: kernels release the GIL, so ordinary Python threads are enough.
+
+Numba's own threading layers are not used: one of them aborts the process when it is entered twice, and
+another does not survive ``fork``. Results never depend on the number of threads, because the parts are
+either integers that are added up or channels that one thread treats from beginning to end.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import config
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+SERIAL_BELOW = 1 << 18
+"""Elements below which waking another thread costs more than it brings."""
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def thread_count() -> int:
+    """Threads that a call may use: Numba's setting, which ``NUMBA_NUM_THREADS`` overrides."""
+    return int(config.NUMBA_NUM_THREADS)
+
+
+def _forget_pools() -> None:
+    _pools.clear()  # after fork, the child has the pool but none of its threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pools)
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    if threads not in _pools:
+        _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="st3core")
+    return _pools[threads]
+
+
+def run(function: Callable[..., T], parts: Sequence[tuple[Any, ...]]) -> list[T]:
+    """``[function(*part) for part in parts]``, the first part on this thread, the others beside it."""
+    if len(parts) == 1:
+        return [function(*parts[0])]
+    pending = [_pool(len(parts) - 1).submit(function, *part) for part in parts[1:]]
+    try:
+        first = function(*parts[0])
+    finally:
+        results = [future.result() for future in pending]
+    return [first, *results]
+
+
+def split(work: NDArray[np.int64]) -> list[slice]:
+    """Consecutive slices of ``work`` (elements per row), about equal in sum, one for each thread."""
+    total = int(work.sum())
+    threads = min(thread_count(), len(work)) if total >= SERIAL_BELOW else 1
+    if threads <= 1:
+        return [slice(0, len(work))]
+    ends = np.cumsum(work)
+    cuts = np.searchsorted(ends, total * np.arange(1, threads) / threads, side="left") + 1
+    bounds = [0, *(int(c) for c in cuts), len(work)]
+    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
