@@ -132,11 +132,13 @@ def _arguments(table: _Table, chunks: NDArray[np.int64]) -> tuple[Any, ...]:
 
 def _contiguous_chunks(weight: np.ndarray) -> Iterator[np.ndarray]:
     """Copies of at most ``CHUNK`` elements each, so that strided weights need constant memory."""
-    yield from np.nditer(
+    native = weight.dtype.newbyteorder("=")
+    chunks: Any = np.nditer(  # type: ignore[call-overload]  # NumPy's annotations lack "contig"
         [weight],
         flags=["external_loop", "buffered", "zerosize_ok"],
         op_flags=[["readonly", "contig"]],
-        op_dtypes=[weight.dtype.newbyteorder("=")],
+        op_dtypes=[native],
         casting="equiv",
         buffersize=CHUNK,
     )
+    yield from chunks

@@ -42,8 +42,8 @@ if config.DISABLE_JIT:
         """One-dimensional view of ``size`` elements of ``like``'s dtype at ``address``."""
         if size == 0:
             return np.empty(0, like.dtype)
-        buffer = (ctypes.c_char * (int(size) * like.dtype.itemsize)).from_address(int(address))
-        return np.frombuffer(buffer, like.dtype)
+        buffer: Any = (ctypes.c_char * (int(size) * like.dtype.itemsize)).from_address(int(address))
+        return np.ndarray((int(size),), like.dtype, buffer)
 
 else:
 

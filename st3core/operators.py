@@ -66,9 +66,7 @@ def sparsify(
         _check_out(out, weight)
     if check_finite:
         _check_finite(weight, "sparsify")
-    native = weight.dtype.newbyteorder("=")
-    order = memory_order(weight)
-    source = weight if order is not None else np.ascontiguousarray(weight, native)
+    source = _walkable(weight, axes)
     order = memory_order(source) or ()
     target = _target(source, order, out)
     _apply(source, target, order, limit, chosen, axes)
@@ -129,54 +127,62 @@ def backward(
 
 
 def unit_table(
-    source: int, target: int, shape: Sequence[int], channel_axes: Sequence[int], itemsize: int, tensor: int = 0
+    addresses: tuple[int, int], itemsize: int, shape: Sequence[int], channel_axes: Sequence[int], tensor: int = 0
 ) -> NDArray[np.int64]:
     """Rows of :func:`st3core.kernels.apply` for one tensor of C-contiguous memory.
 
     Args:
-        source: address that is read.
-        target: address that is written.
+        addresses: that is read, and that is written.
+        itemsize: bytes of an element.
         shape: of the memory, slowest axis first.
         channel_axes: those axes of ``shape`` that number the output channels.
-        itemsize: bytes of an element.
         tensor: index of the tensor's threshold.
 
     Returns:
         int64, shape ``(rows, 8)``. Rows are independent of each other.
-
-    Raises:
-        ValueError: the axes alternate more often than in ``(channels, rest, channels, rest)``.
     """
     slabs, repeats, channels, size = _collapsed(shape, channel_axes)
     step = max(_STRIPE // max(size, 1), 1)
     starts = np.arange(0, channels, step)
     table = np.zeros((slabs, len(starts), 8), np.int64)
     offset = np.arange(slabs)[:, None] * (repeats * channels * size * itemsize)
-    table[..., 0], table[..., 1] = source + offset, target + offset
+    table[..., 0], table[..., 1] = addresses[0] + offset, addresses[1] + offset
     table[..., 2:5] = repeats, channels, size
     table[..., 5], table[..., 6] = starts, np.minimum(starts + step, channels)
     table[..., 7] = tensor
     return table.reshape(-1, 8)
 
 
+def _walkable(weight: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """``weight``, or a copy if the kernel cannot walk its memory: with gaps, or with channels cut in pieces."""
+    order = memory_order(weight)
+    if order is not None and len(_runs([weight.shape[a] for a in order], [order.index(a) for a in axes])) <= 4:
+        return weight
+    native = weight.dtype.newbyteorder("=")
+    inner = tuple(axis for axis in range(weight.ndim) if axis not in axes)
+    copied = np.ascontiguousarray(weight.transpose(axes + inner), native)
+    return copied.transpose(np.argsort(axes + inner))
+
+
 def _collapsed(shape: Sequence[int], channel_axes: Sequence[int]) -> tuple[int, int, int, int]:
-    """``(slabs, repeats, channels, size)``: channels, summed, channels, summed; adjacent axes merged."""
-    kinds: list[tuple[bool, int]] = []
-    for axis, length in enumerate(shape):
-        is_channel = axis in channel_axes
-        if length == 1:
-            continue
-        if kinds and kinds[-1][0] == is_channel:
-            kinds[-1] = (is_channel, kinds[-1][1] * length)
-        else:
-            kinds.append((is_channel, length))
-    if kinds and kinds[-1][0]:
-        kinds.append((False, 1))
-    lengths = [length for _, length in kinds]
-    if len(lengths) > 4:
-        raise ValueError(f"unit_table: channel_axes alternate too often for shape {tuple(shape)}: {channel_axes}")
+    """``(slabs, repeats, channels, size)``: channels, summed, channels, summed."""
+    lengths = _runs(shape, channel_axes)
     padded = [1] * (4 - len(lengths)) + lengths
     return padded[0], padded[1], padded[2], padded[3]
+
+
+def _runs(shape: Sequence[int], channel_axes: Sequence[int]) -> list[int]:
+    """Lengths of the runs of axes of one kind, channels or summed; the last run is summed over."""
+    runs: list[tuple[bool, int]] = []
+    for axis, length in enumerate(shape):
+        is_channel = axis in channel_axes
+        if runs and (runs[-1][0] == is_channel or length == 1):
+            runs[-1] = (runs[-1][0], runs[-1][1] * length)
+        else:
+            runs.append((is_channel, length))
+    if not runs or runs[-1][0]:
+        runs.append((False, 1))
+    return [length for _, length in runs]
 
 
 def _apply(
@@ -190,10 +196,10 @@ def _apply(
     if source.size == 0:
         return
     memory = MEMORY_FORMATS[source.dtype.name]
-    addresses = [a.__array_interface__["data"][0] for a in (source, target)]
+    addresses = (source.__array_interface__["data"][0], target.__array_interface__["data"][0])
     shape = [source.shape[axis] for axis in order]
     channel_axes = [order.index(axis) for axis in axes]
-    units = unit_table(*addresses, shape, channel_axes, memory.dtype.itemsize)
+    units = unit_table(addresses, memory.dtype.itemsize, shape, channel_axes)
     limit = np.asarray(threshold).astype(memory.dtype).astype(memory.compute).reshape(1)
     flags = method.operator == "hard", method.rescale == "channel"
     like = np.empty(0, memory.bits)

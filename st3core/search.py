@@ -25,18 +25,26 @@ _SAMPLE_MARGIN = 4.0
 
 
 class Counter(Protocol):
-    """What the search asks for; see :class:`st3core.counting.ArrayCounter` for the meaning."""
+    """What the search asks for. A *key* is the bit pattern of a magnitude, as an integer."""
 
     size: int
     infinity: int
 
-    def magnitude(self, key: int) -> float: ...
+    def magnitude(self, key: int) -> float:
+        """Magnitude of a key."""
+        ...
 
-    def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]: ...
+    def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]:
+        """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys."""
+        ...
 
-    def successor(self, key: int) -> int: ...
+    def successor(self, key: int) -> int:
+        """Smallest key above ``key``, or the key of infinity."""
+        ...
 
-    def sample(self, count: int) -> np.ndarray: ...
+    def sample(self, count: int) -> np.ndarray:
+        """About ``count`` keys from evenly spread places, sorted; a hint where to look first."""
+        ...
 
 
 def find_thresholds(

@@ -8,6 +8,7 @@ either integers that are added up or channels that one thread treats from beginn
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,4 +63,4 @@ def split(work: NDArray[np.int64]) -> list[slice]:
     ends = np.cumsum(work)
     cuts = np.searchsorted(ends, total * np.arange(1, threads) / threads, side="left") + 1
     bounds = [0, *(int(c) for c in cuts), len(work)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [slice(a, b) for a, b in pairwise(bounds) if b > a]

@@ -28,7 +28,7 @@ class ChannelLayout:
 
     def grouped(self, weight: torch.Tensor) -> torch.Tensor:
         """View in which :attr:`channel_axes` number the output channels, each once."""
-        return weight if self.groups == 1 else weight.unflatten(0, (self.groups, -1))
+        return weight if self.groups == 1 else torch.unflatten(weight, 0, (self.groups, -1))
 
     @property
     def channel_axes(self) -> tuple[int, ...]:

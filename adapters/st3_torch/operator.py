@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
+from st3_torch.layers import ChannelLayout
+from st3_torch.memory import as_array
 from st3core import sparsify
 from st3core.method import Method
 from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET
-from st3_torch.layers import ChannelLayout
-from st3_torch.memory import as_array
 
 
 def forward_weight(
@@ -25,7 +25,7 @@ def forward_weight(
     Returns:
         New tensor of the weight's shape, dtype and memory format.
     """
-    result: torch.Tensor = _ForwardWeight.apply(weight, threshold, method, layout)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _ForwardWeight.apply(weight, threshold, method, layout)
     return result
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from st3core.method import Method
 from st3_torch.layers import ChannelLayout, Site
 from st3_torch.operator import forward_weight
+from st3core.method import Method
 
 
 class SparseWeight(nn.Module):

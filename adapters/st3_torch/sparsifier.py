@@ -1,7 +1,7 @@
 """Sparse training of a PyTorch model."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 
-from st3core import PolynomialSchedule
-from st3core.method import Method, get_method
-from st3core.report import LayerReport, Report
-from st3core.search import count_thresholds, find_named_thresholds, tensor_units
 from st3_torch.counting import TensorCounter
 from st3_torch.layers import Rule, Site, channel_layout, find_kernels
 from st3_torch.memory import NUMPY_DTYPES, as_array
 from st3_torch.parametrization import SparseWeight, attach, detach
+from st3core import PolynomialSchedule
+from st3core.method import Method, get_method
+from st3core.report import LayerReport, Report
+from st3core.search import count_thresholds, find_named_thresholds, tensor_units
 
 
 @dataclass
@@ -256,7 +256,7 @@ def _weight(site: Site) -> torch.Tensor:
     return weight
 
 
-def _find_thresholds(weights: dict[str, torch.Tensor], sparsity: float, method: Method) -> dict[str, float]:
+def _find_thresholds(weights: Mapping[str, torch.Tensor], sparsity: float, method: Method) -> dict[str, float]:
     names, tensors = list(weights), [weight.detach() for weight in weights.values()]
     if all(tensor.device.type == "cpu" for tensor in tensors):
         found = find_named_thresholds([as_array(t) for t in tensors], sparsity, method, names)
