@@ -35,8 +35,10 @@ def as_threshold(value: Any, function: str) -> float:
     return number
 
 
-def check_array(value: Any, function: str, argument: str) -> None:
-    """Raise a TypeError unless ``value`` is a NumPy array of a supported dtype."""
+def as_weights(value: Any, function: str, argument: str) -> np.ndarray:
+    """``value`` as a NumPy array of a supported dtype; NumPy's scalars are 0-d arrays."""
+    if isinstance(value, np.generic):
+        value = np.asarray(value)
     if not isinstance(value, np.ndarray):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"{function}: {argument} must be a NumPy array, got {kind}; convert it first")
@@ -46,6 +48,7 @@ def check_array(value: Any, function: str, argument: str) -> None:
             f"{function}: {argument} must be of one of the dtypes {supported}, got {value.dtype}; "
             f"use {argument}.astype('float32')"
         )
+    return value
 
 
 def as_channel_axes(value: int | Sequence[int], ndim: int, function: str) -> tuple[int, ...]:

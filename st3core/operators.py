@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from st3core import kernels, reference, threads
-from st3core._validation import as_channel_axes, as_threshold, check_array, describe_non_finite
+from st3core._validation import as_channel_axes, as_threshold, as_weights, describe_non_finite
 from st3core.memory import MEMORY_FORMATS, memory_order
 from st3core.method import Method, get_method
 
@@ -59,7 +59,7 @@ def sparsify(
                [ 0. ,  2. ]])
     """
     chosen = get_method(method)
-    check_array(weight, "sparsify", "weight")
+    weight = as_weights(weight, "sparsify", "weight")
     limit = as_threshold(threshold, "sparsify")
     axes = as_channel_axes(channel_axis, weight.ndim, "sparsify")
     if out is not None:
@@ -116,8 +116,8 @@ def backward(
         array([0., 2.])
     """
     chosen = get_method(method)
-    check_array(grad, "backward", "grad")
-    check_array(weight, "backward", "weight")
+    grad = as_weights(grad, "backward", "grad")
+    weight = as_weights(weight, "backward", "weight")
     _check_match(grad, weight, "backward", "grad")
     limit = as_threshold(threshold, "backward")
     as_channel_axes(channel_axis, weight.ndim, "backward")
@@ -225,7 +225,7 @@ def _check_match(array: np.ndarray, weight: np.ndarray, function: str, argument:
 
 
 def _check_out(out: Any, weight: np.ndarray) -> None:
-    check_array(out, "sparsify", "out")
+    as_weights(out, "sparsify", "out")
     _check_match(out, weight, "sparsify", "out")
     if not out.flags.writeable:
         raise ValueError("sparsify: out must be writeable, got a read-only array")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from st3core import reference
-from st3core._validation import as_sparsity, check_array
+from st3core._validation import as_sparsity, as_weights
 from st3core.counting import ArrayCounter
 from st3core.method import Method, get_method
 
@@ -186,6 +186,4 @@ def _as_arrays(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
     arrays = list(weights)
     if not arrays:
         raise ValueError("find_thresholds: weights must hold at least one array, got an empty sequence")
-    for index, array in enumerate(arrays):
-        check_array(array, "find_thresholds", f"weights[{index}]")
-    return arrays
+    return [as_weights(array, "find_thresholds", f"weights[{i}]") for i, array in enumerate(arrays)]

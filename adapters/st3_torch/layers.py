@@ -64,7 +64,7 @@ def find_kernels(
 
     Raises:
         TypeError: a rule is of an unknown kind.
-        ValueError: a rule matches nothing, or nothing is left.
+        ValueError: a name or pattern matches nothing, or nothing is left.
     """
     kernels: dict[str, list[Site]] = {}
     names: dict[int, str] = {}
@@ -72,7 +72,7 @@ def find_kernels(
     included, excluded = _as_rules(include, "include"), _as_rules(exclude, "exclude")
     for argument, rules in (("include", included), ("exclude", excluded)):
         for rule in rules:
-            if not callable(rule) and not any(_matches(rule, *candidate) for candidate in candidates):
+            if isinstance(rule, str) and not any(_matches(rule, *candidate) for candidate in candidates):
                 known = ", ".join(name for name, _ in candidates) or "none"
                 raise ValueError(f"Sparsifier: {argument} has {rule!r}, which matches no kernel of the model ({known})")
     for name, module in candidates:

@@ -14,6 +14,11 @@ NUMPY_DTYPES = {
 }
 
 
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory can be handed to compiled code of this process."""
+    return tensor.device.type == "cpu"
+
+
 def as_array(tensor: torch.Tensor) -> np.ndarray:
     """View of a CPU tensor's memory, with its shape and strides; valid while the tensor is.
 

@@ -6,6 +6,7 @@ import torch
 
 from st3_torch.layers import ChannelLayout
 from st3_torch.memory import as_array
+from st3_torch.memory import on_cpu as _on_cpu
 from st3core import sparsify
 from st3core.method import Method
 from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET
@@ -25,7 +26,7 @@ def forward_weight(
     Returns:
         New tensor of the weight's shape, dtype and memory format.
     """
-    result: torch.Tensor = _ForwardWeight.apply(weight, threshold, method, layout)
+    result: torch.Tensor = _ForwardWeight.apply(weight, threshold, method, layout)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -34,7 +35,7 @@ class _ForwardWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: torch.Tensor, threshold: torch.Tensor, method: Method, layout: ChannelLayout) -> torch.Tensor:
-        if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _on_cpu(weight) and not torch.compiler.is_compiling():
             return _forward_numba(weight, float(threshold), method, layout)
         return forward_with_torch(weight, threshold, method, layout)
 
@@ -45,7 +46,7 @@ class _ForwardWeight(torch.autograd.Function):
             ctx.save_for_backward(weight, threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         if ctx.method.backward == "masked":
             weight, threshold = ctx.saved_tensors
             grad = torch.where(weight.abs() > threshold.to(weight.dtype), grad, 0)

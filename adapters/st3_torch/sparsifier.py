@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from st3_torch.counting import TensorCounter
 from st3_torch.layers import Rule, Site, channel_layout, find_kernels
 from st3_torch.memory import NUMPY_DTYPES, as_array
+from st3_torch.memory import on_cpu as _on_cpu
 from st3_torch.parametrization import SparseWeight, attach, detach
 from st3core import PolynomialSchedule
 from st3core.method import Method, get_method
@@ -61,7 +62,7 @@ class Sparsifier:
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: ``method`` is unknown, a rule matches no kernel, nothing is left to sparsify, a
+        ValueError: ``method`` is unknown, a name or pattern matches no kernel, nothing is left to sparsify, a
             weight is NaN or infinite, or the model is sparsified already.
 
     References:
@@ -258,7 +259,7 @@ def _weight(site: Site) -> torch.Tensor:
 
 def _find_thresholds(weights: Mapping[str, torch.Tensor], sparsity: float, method: Method) -> dict[str, float]:
     names, tensors = list(weights), [weight.detach() for weight in weights.values()]
-    if all(tensor.device.type == "cpu" for tensor in tensors):
+    if all(_on_cpu(tensor) for tensor in tensors):
         found = find_named_thresholds([as_array(t) for t in tensors], sparsity, method, names)
     else:
         dtypes = [NUMPY_DTYPES[tensor.dtype] for tensor in tensors]

@@ -1,0 +1,160 @@
+from collections import Counter as Tally
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from st3core import counting, find_thresholds, get_method, memory, reference, search, threads
+from tests.strategies import DTYPES, sparsities, weight_lists, weights
+
+methods = st.sampled_from(["st3", "st3_sigma"])
+
+
+def magnitudes_of(arrays: list[np.ndarray], method: str) -> np.ndarray:
+    """All magnitudes in float64, by the formula of the design instead of the reference's functions."""
+    found = []
+    for w in arrays:
+        compute = np.float32 if w.dtype.itemsize == 2 else w.dtype.type
+        divide = method == "st3_sigma" and sum(w.shape) > 0
+        sigma = compute(1 / np.sqrt(sum(w.shape))) if divide else compute(1)
+        found.append((np.abs(w).astype(compute) / sigma).astype(np.float64).ravel())
+    return np.concatenate(found)
+
+
+def zeros_of(arrays: list[np.ndarray], thresholds: np.ndarray) -> int:
+    pairs = zip(arrays, thresholds, strict=True)
+    return sum(int((np.abs(w) <= np.float64(t).astype(w.dtype)).sum()) for w, t in pairs)
+
+
+@given(weight_lists(huge=False), sparsities, methods)
+def test_find_thresholds_equals_the_reference(arrays, sparsity, method):
+    found = find_thresholds(arrays, sparsity, method)
+    expected = reference.find_thresholds(arrays, sparsity, get_method(method).score)
+    assert found.dtype == np.float64
+    assert found.shape == (len(arrays),)
+    assert found.tobytes() == expected.tobytes()
+
+
+@given(weight_lists(), sparsities)
+def test_find_thresholds_takes_every_finite_weight(arrays, sparsity):
+    assert (
+        find_thresholds(arrays, sparsity).tobytes()
+        == reference.find_thresholds(arrays, sparsity, "magnitude").tobytes()
+    )
+
+
+@given(weight_lists(huge=False), sparsities, methods)
+def test_find_thresholds_zeroes_exactly_the_smallest(arrays, sparsity, method):
+    hypothesis.assume(sparsity > 0)
+    magnitudes = np.sort(magnitudes_of(arrays, method))
+    rank = int((magnitudes.size - 1) * sparsity)
+    expected = int((magnitudes <= magnitudes[rank]).sum())  # ties at the rank are zeroed together
+    assert zeros_of(arrays, find_thresholds(arrays, sparsity, method)) == expected
+
+
+@given(st.integers(1, 200), sparsities, st.sampled_from(DTYPES), st.randoms(use_true_random=False))
+def test_find_thresholds_without_ties_zeroes_the_exact_number(count, sparsity, dtype, random):
+    hypothesis.assume(sparsity > 0)
+    bits = np.dtype(f"u{dtype.itemsize}")
+    patterns = np.arange(1, count + 1).astype(bits) << bits.type(4)
+    array = np.array(random.sample(patterns.view(dtype).tolist(), count)).astype(dtype)
+    expected = int((count - 1) * sparsity) + 1
+    assert zeros_of([array], find_thresholds([array], sparsity)) == expected
+
+
+@given(weights((np.dtype(np.float64),), min_side=1), sparsities)
+def test_find_thresholds_is_numpys_quantile(array, sparsity):
+    hypothesis.assume(sparsity > 0 and np.abs(array).max() < 1e300)
+    expected = np.quantile(np.abs(array), sparsity)
+    np.testing.assert_allclose(find_thresholds([array], sparsity), expected, rtol=4e-16, atol=5e-324)
+
+
+@given(weight_lists(huge=False), sparsities, methods, st.randoms(use_true_random=False))
+def test_find_thresholds_does_not_depend_on_the_order(arrays, sparsity, method, random):
+    order = random.sample(range(len(arrays)), len(arrays))
+    shuffled = find_thresholds([arrays[i] for i in order], sparsity, method)
+    assert shuffled.tobytes() == find_thresholds(arrays, sparsity, method)[order].tobytes()
+
+
+@given(weights(min_side=1, max_dims=1), sparsities, st.lists(st.integers(0, 5), max_size=3))
+def test_find_thresholds_does_not_depend_on_the_split(array, sparsity, cuts):
+    whole = find_thresholds([array], sparsity)[0]
+    parts = np.split(array.reshape(-1), sorted(cuts))
+    assert set(find_thresholds(parts, sparsity).tolist()) == {whole}
+
+
+@given(weight_lists(huge=False), sparsities, methods, st.integers(1, 5))
+def test_find_thresholds_does_not_depend_on_threads(arrays, sparsity, method, count):
+    expected = find_thresholds(arrays, sparsity, method)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "SERIAL_BELOW", 0)
+        patch.setattr(threads, "thread_count", lambda: count)
+        patch.setattr(memory, "CHUNK", 7)
+        assert find_thresholds(arrays, sparsity, method).tobytes() == expected.tobytes()
+
+
+@given(weights((np.dtype(np.float32), np.dtype(np.float64)), min_side=1, huge=False), sparsities, st.integers(-8, 8))
+def test_find_thresholds_scales_with_the_weights(array, sparsity, exponent):
+    array = np.where(np.abs(array) < 1e-30, 0, array).astype(array.dtype)  # stay clear of subnormals
+    scaled = find_thresholds([array * array.dtype.type(2.0**exponent)], sparsity)
+    assert scaled.tobytes() == (find_thresholds([array], sparsity) * 2.0**exponent).tobytes()
+
+
+@given(weight_lists(huge=False), sparsities, sparsities, methods)
+def test_find_thresholds_rises_with_sparsity(arrays, one, other, method):
+    lower, higher = (find_thresholds(arrays, s, method) for s in sorted((one, other)))
+    assert (lower <= higher).all()
+
+
+@given(weight_lists(huge=False), sparsities, methods)
+def test_find_thresholds_never_writes(arrays, sparsity, method):
+    before = [a.tobytes() for a in arrays]
+    for array in arrays:
+        array.flags.writeable = False
+    find_thresholds(arrays, sparsity, method)
+    assert [a.tobytes() for a in arrays] == before
+
+
+@given(weight_lists(huge=False), sparsities, methods, st.data())
+def test_search_is_exact_whatever_the_guess(arrays, sparsity, method, data):
+    expected = find_thresholds(arrays, sparsity, method)
+    keys = data.draw(st.lists(st.integers(0, 0x7F800000), min_size=1, max_size=20).map(sorted))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_SAMPLE_FROM", 0)
+        patch.setattr(search, "_SAMPLE_MARGIN", 0.1)
+        patch.setattr(search, "BINS", data.draw(st.sampled_from([1 << 3, 1 << 10])))
+        patch.setattr(counting.ArrayCounter, "sample", lambda self, count: np.array(keys))
+        assert find_thresholds(arrays, sparsity, method).tobytes() == expected.tobytes()
+
+
+@given(weight_lists(huge=False), st.integers(1, 10))
+def test_sample_returns_keys_that_occur(arrays, count):
+    counter = counting.ArrayCounter(arrays, [1.0] * len(arrays), ["w"] * len(arrays))
+    occurring = Tally(magnitudes_of(arrays, "st3").tolist())
+    sample = counter.sample(count)
+    assert (np.sort(sample) == sample).all()
+    assert not Tally(counter.magnitude(key) for key in sample) - occurring
+
+
+def test_sample_is_spread_evenly():
+    counter = counting.ArrayCounter([np.arange(30.0), np.arange(30.0, 100.0)], [1.0, 1.0], ["a", "b"])
+    assert [counter.magnitude(key) for key in counter.sample(10)] == [5 + 10 * i for i in range(10)]
+
+
+def test_find_thresholds_of_zero_sparsity_is_zero():
+    assert find_thresholds([np.ones(3), np.ones((2, 2), np.float16)], 0.0).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_find_thresholds_zeroes_all_ties(dtype):
+    array = np.full((4, 5), -0.375, dtype)
+    assert find_thresholds([array], 0.01).tolist() == [0.375]
+
+
+def test_threshold_rounded_to_float32_stays_below_the_next_weight():
+    one, above = np.float32(1), np.nextafter(np.float32(1), np.float32(2))
+    array = np.array([one, above])
+    threshold = find_thresholds([array], 0.9)[0]  # rounds to `above`, were it not held back
+    assert np.float32(threshold) == one

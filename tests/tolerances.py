@@ -1,0 +1,35 @@
+"""Every tolerance of the tests, each with its reason. Where none is used, bits must be equal."""
+
+import numpy as np
+
+RESCALE_ULP = 1
+"""Core against reference: both round the same float64 scale once; their sums agree to about 1e-16,
+which can move the rounding of the scale, and so the product, by one unit in the last place."""
+
+RESCALE_ULP_FLOAT64 = 4
+"""The same in float64, where the scale itself is not rounded further: an error of half a unit in each
+sum goes through two divisions and an addition."""
+
+GOLDEN_THRESHOLD = 2e-7
+"""Relative; the authors compute the quantile in float32, whose unit roundoff is 6e-8."""
+
+GOLDEN_VALUE_RELATIVE, GOLDEN_VALUE_ABSOLUTE = 1e-6, 1e-7
+"""The authors sum the scale in float32."""
+
+GOLDEN_LOSS = 1e-3
+"""Absolute, over 120 steps of training in float32 with another order of summation."""
+
+GOLDEN_TRAJECTORY_THRESHOLD = 1e-4
+"""Relative, likewise."""
+
+
+def ulp_distance(a: np.ndarray, b: np.ndarray) -> int:
+    """Largest distance between elements of ``a`` and ``b``, in units in the last place."""
+    if a.size == 0:
+        return 0
+    integer = {2: np.int16, 4: np.int32, 8: np.int64}[a.dtype.itemsize]
+    # As Python integers: the distance of two float64 numbers can exceed int64.
+    pairs = zip(*(np.ascontiguousarray(x).view(integer).ravel().tolist() for x in (a, b)), strict=True)
+    lowest = int(np.iinfo(integer).min)
+    ordered = [[x if x >= 0 else lowest - x for x in pair] for pair in pairs]
+    return max(abs(x - y) for x, y in ordered)
