@@ -23,7 +23,7 @@ bench: $(READY)  ## time the threshold search against its alternatives
 	$(VENV)/bin/python benchmarks/search.py
 
 study: $(READY)  ## accuracy at 99 % zeros: ST-3 against its neighbours, five seeds
-	$(VENV)/bin/python benchmarks/accuracy.py
+	$(RUN) benchmarks.accuracy
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'st3core needs Python 3.11 or newer, this is ' + sys.version"

@@ -17,6 +17,9 @@ from st3core.memory import CHUNK, MEMORY_FORMATS, MemoryFormat, chunk_table, mem
 
 T = TypeVar("T")
 
+_SLACK = 1.125
+"""Threads get every n-th chunk, so their shares of the gathered keys are about equal."""
+
 _KEY_FLOATS = {np.dtype(np.uint32): np.float32, np.dtype(np.uint64): np.float64}
 
 
@@ -63,26 +66,45 @@ class ArrayCounter:
         """Magnitude of a key."""
         return float(self.key_dtype.type(key).view(_KEY_FLOATS[self.key_dtype]))
 
+    def gather(self, low: int, high: int, capacity: int) -> tuple[int, int, np.ndarray | None]:
+        """Number of keys below ``low`` and in ``[low, high)``, and the latter themselves if they are few.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; the message names it.
+        """
+        interval, no_bins = np.array([low, high, 0], self.key_dtype), np.empty(0, np.int64)
+
+        def part(table: _Table, chunks: NDArray[np.int64]) -> tuple[int, int, int, np.ndarray]:
+            elements = int(chunks[:, 1].sum())
+            share = int(_SLACK * capacity * elements / self.size)
+            buffer = np.empty(min(elements, share) + kernels.BLOCK, self.key_dtype)
+            below, inside, largest, taken = kernels.count(*_arguments(table, chunks), interval, buffer, no_bins)
+            return below, inside, largest, buffer[:taken]
+
+        below, inside, largest, gathered = zip(*self._map(part), strict=True)
+        self._check_finite(largest)
+        complete = sum(inside) <= capacity and sum(keys.size for keys in gathered) == sum(inside)
+        return sum(below), sum(inside), np.concatenate(gathered) if complete else None
+
     def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]:
         """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys.
 
         Raises:
             ValueError: a weight is NaN or infinite; the message names it.
         """
-        interval = np.array([low, high, shift], self.key_dtype)
-        bins = ((high - 1 - low) >> shift) + 1
+        interval, no_buffer = np.array([low, high, shift], self.key_dtype), np.empty(0, self.key_dtype)
+        total = np.zeros(((high - 1 - low) >> shift) + 1, np.int64)
 
         def part(table: _Table, chunks: NDArray[np.int64]) -> tuple[int, int, NDArray[np.int64]]:
-            counts = np.zeros(bins, np.int64)
-            below, largest = kernels.count(*_arguments(table, chunks), interval, counts)
-            return int(below), int(largest), counts
+            bins = np.zeros_like(total)
+            below, _, largest, _ = kernels.count(*_arguments(table, chunks), interval, no_buffer, bins)
+            return below, largest, bins
 
-        below, total = 0, np.zeros(bins, np.int64)
-        for part_below, largest, counts in self._map(part):
-            if largest >= self.infinity:
-                self._reject_non_finite()
+        below = 0
+        for part_below, largest, bins in self._map(part):
+            self._check_finite([largest])
             below += part_below
-            total += counts
+            total += bins
         return below, total
 
     def successor(self, key: int) -> int:
@@ -92,25 +114,27 @@ class ArrayCounter:
         return min(parts, default=self.infinity)
 
     def sample(self, count: int) -> np.ndarray:
-        """About ``count`` keys from evenly spread places, sorted; which ones is not specified."""
+        """About ``count`` keys from evenly spread places, in no order; which ones is not specified."""
         stride = max(self.size // count, 1)
 
         def part(table: _Table, chunks: NDArray[np.int64]) -> np.ndarray:
             keys = np.empty(int(chunks[:, 1].sum()) // stride + 1, self.key_dtype)
             return keys[: kernels.sample(*_arguments(table, chunks), stride, keys)]
 
-        return np.sort(np.concatenate(list(self._map(part))))
+        return np.concatenate(list(self._map(part)))
 
     def _map(self, part: Callable[[_Table, NDArray[np.int64]], T]) -> Iterator[T]:
         for table in self._tables:
-            pieces = threads.split(table.chunks[:, 1])
-            yield from threads.run(part, [(table, table.chunks[piece]) for piece in pieces])
+            deals = threads.deal(len(table.chunks), int(table.chunks[:, 1].sum()))
+            yield from threads.run(part, [(table, np.ascontiguousarray(table.chunks[deal])) for deal in deals])
         for weight, scale in self._irregular:
             for chunk in _contiguous_chunks(weight):
                 table = _table(MEMORY_FORMATS[chunk.dtype.name], [chunk], [scale])
                 yield part(table, table.chunks)
 
-    def _reject_non_finite(self) -> None:
+    def _check_finite(self, largest_keys: Sequence[int]) -> None:
+        if max(largest_keys) < self.infinity:
+            return
         for name, weight in self._named:
             if not np.isfinite(weight).all():
                 raise ValueError(describe_non_finite(weight, "find_thresholds", name))

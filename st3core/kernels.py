@@ -30,7 +30,7 @@ BLOCK = 1024
 LANES = 64
 """Partial sums of a channel. Fixed, so that sums do not depend on the machine's SIMD width."""
 
-_SUB_BLOCK = 32
+_STRIDE = 256
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -164,62 +164,70 @@ def _load_keys(source, memory_format, scale, narrow, magnitudes):  # type: ignor
 
 
 @_jit
-def _count_block(keys, low, high, shift, histogram):  # type: ignore[no-untyped-def]
+def _count_block(keys, low, high):  # type: ignore[no-untyped-def]
     below, inside, largest = np.uint32(0), np.uint32(0), keys[0]
     for i in range(keys.size):
         key = keys[i]
         below = np.uint32(below + np.uint32(key < low))
         inside = np.uint32(inside + np.uint32((key >= low) & (key < high)))
         largest = max(largest, key)
-    if inside > 0:
-        _scatter(keys, low, high, shift, histogram)
-    return below, largest
+    return below, inside, largest
 
 
 @_jit
-def _scatter(keys, low, high, shift, histogram):  # type: ignore[no-untyped-def]
-    for start in range(0, keys.size, _SUB_BLOCK):
-        block = keys[start : start + _SUB_BLOCK]
-        inside = np.uint32(0)
-        for i in range(block.size):
-            key = block[i]
-            inside = np.uint32(inside + np.uint32((key >= low) & (key < high)))
-        if inside > 0:
-            for i in range(block.size):
-                key = block[i]
-                if key >= low and key < high:
-                    histogram[np.intp((key - low) >> shift)] += 1
+def _gather_block(keys, size, low, high, hits, buffer, taken):  # type: ignore[no-untyped-def]
+    """Append the first ``size`` of ``keys`` that are in the interval; ``buffer`` has one place to spare."""
+    hits[:] = 0
+    for start in range(0, size, _STRIDE):  # SIMD over columns: which ones need a closer look
+        row = keys[start : start + _STRIDE]
+        for i in range(row.size):
+            hits[i] += np.uint32((row[i] >= low) & (row[i] < high))
+    for column in range(_STRIDE):
+        if hits[column]:
+            for i in range(column, size, _STRIDE):
+                buffer[taken] = keys[i]
+                taken += np.intp((keys[i] >= low) & (keys[i] < high))
+    return taken
 
 
 @_jit
-def count(chunks, scales, memory_format, source_like, interval, histogram):  # type: ignore[no-untyped-def]
-    """Count the keys below ``interval``, and those inside it by bin; also find the largest key.
+def count(chunks, scales, memory_format, source_like, interval, buffer, bins):  # type: ignore[no-untyped-def]
+    """Count the keys below and inside an interval, and keep those inside in one of two ways.
 
     Args:
         chunks: int64 ``(m, 3)``: address, number of elements, index into ``scales``.
         scales: float64: what each tensor's magnitudes are divided by.
         memory_format: FLOAT16, BFLOAT16, FLOAT32 or FLOAT64.
         source_like: empty array of the unsigned type that holds one element.
-        interval: ``(low, high, shift)`` in the unsigned type of the keys.
-        histogram: int64; bin ``j`` is raised by the number of keys with ``(key - low) >> shift == j``.
+        interval: ``(low, high, shift)`` in the unsigned type of the keys; inside is ``low <= key < high``.
+        buffer: takes the keys inside, as long as a whole block of them would fit.
+        bins: int64; if not empty, ``bins[(key - low) >> shift]`` is raised for each key inside instead.
 
     Returns:
-        Number of keys below ``low`` and the largest key.
+        Number of keys below ``low``, number inside, the largest of all keys, and how many are in the
+        buffer: all of those inside, unless it was too small.
     """
     low, high, shift = interval[0], interval[1], interval[2]
-    keys = np.empty(BLOCK, interval.dtype)
-    narrow = np.empty(BLOCK, np.float32)
-    below, largest = 0, interval.dtype.type(0)
+    keys, hits = np.empty(BLOCK, interval.dtype), np.empty(_STRIDE, np.uint32)
+    narrow, found = np.empty(BLOCK, np.float32), np.empty(BLOCK + 1, interval.dtype)
+    below, inside, taken, largest = 0, 0, 0, interval.dtype.type(0)
     for c in range(chunks.shape[0]):
         source = array_at(chunks[c, 0], chunks[c, 1], source_like)
         scale = scales[chunks[c, 2]]
         for start in range(0, source.size, BLOCK):
             block = source[start : start + BLOCK]
             _load_keys(block, memory_format, scale, narrow, keys)
-            block_below, block_largest = _count_block(keys[: block.size], low, high, shift, histogram)
+            block_below, block_inside, block_largest = _count_block(keys[: block.size], low, high)
+            if block_inside > 0 and bins.size > 0:
+                _gather_block(keys, block.size, low, high, hits, found, 0)
+                for i in range(block_inside):
+                    bins[np.intp((found[i] - low) >> shift)] += 1
+            elif block_inside > 0 and taken == inside and taken + block_inside < buffer.size:
+                taken = _gather_block(keys, block.size, low, high, hits, buffer, taken)
             below += block_below
+            inside += block_inside
             largest = max(largest, block_largest)
-    return below, largest
+    return below, inside, largest, taken
 
 
 @_jit
@@ -234,25 +242,35 @@ def successor(chunks, scales, memory_format, source_like, key):  # type: ignore[
         for start in range(0, source.size, BLOCK):
             block = source[start : start + BLOCK]
             _load_keys(block, memory_format, scale, narrow, keys)
-            for i in range(block.size):
-                if keys[i] > floor and keys[i] < best:
-                    best = keys[i]
+            best = _successor_in_block(keys[: block.size], floor, best)
+    return best
+
+
+@_jit
+def _successor_in_block(keys, floor, best):  # type: ignore[no-untyped-def]
+    nothing = best
+    for i in range(keys.size):
+        best = min(best, keys[i] if keys[i] > floor else nothing)
     return best
 
 
 @_jit
 def sample(chunks, scales, memory_format, source_like, stride, keys):  # type: ignore[no-untyped-def]
     """Write the key of every ``stride``-th element, starting in the middle; return how many."""
-    narrow = np.empty(1, np.float32)
+    elements = np.empty(BLOCK, source_like.dtype)
+    narrow = np.empty(BLOCK, np.float32)
     taken, position = 0, stride // 2
     for c in range(chunks.shape[0]):
         source = array_at(chunks[c, 0], chunks[c, 1], source_like)
         scale = scales[chunks[c, 2]]
         while position < source.size and taken < keys.size:
-            element = source[position : position + 1]
-            _load_keys(element, memory_format, scale, narrow, keys[taken : taken + 1])
-            taken += 1
-            position += stride
+            count = 0
+            while position < source.size and count < BLOCK and taken + count < keys.size:
+                elements[count] = source[position]
+                position += stride
+                count += 1
+            _load_keys(elements[:count], memory_format, scale, narrow, keys[taken : taken + count])
+            taken += count
         position -= source.size
     return taken
 

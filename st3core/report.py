@@ -128,7 +128,13 @@ class Report:
         bars = axes.barh(names, [100 * layer.sparsity for layer in self.layers][::-1], color="#4c72b0")
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.axvline(100 * self.sparsity, color="#c44e52", linestyle="--", label=f"all: {100 * self.sparsity:.2f} %")
-        axes.set(xlabel="zeros (%)", xlim=(0, 112), title=f"Sparsity per tensor, {self.method}")
+        # Room for the legend below the bars.
+        axes.set(
+            xlabel="zeros (%)",
+            xlim=(0, 112),
+            ylim=(-1.3, len(names) - 0.4),
+            title=f"Sparsity per tensor, {self.method}",
+        )
         axes.set_xticks(range(0, 101, 20))
         axes.legend(loc="lower left")
         axes.spines[["top", "right"]].set_visible(False)

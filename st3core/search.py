@@ -19,9 +19,13 @@ from st3core.method import Method, get_method
 BINS = 1 << 16
 """Bins of one histogram; 512 KiB for each thread."""
 
-_SAMPLE = 1 << 14
-_SAMPLE_FROM = 1 << 20
-_SAMPLE_MARGIN = 4.0
+CAPACITY = 3 << 16
+"""Keys that are gathered and partitioned; more of them are narrowed down by a histogram first."""
+
+_SAMPLE = 1 << 17
+_SAMPLE_SHARE = 1 / 32
+_SAMPLE_MARGIN = 2.5
+"""Standard deviations of the sample's quantile: one search in eighty has to look again."""
 
 
 class Counter(Protocol):
@@ -34,6 +38,10 @@ class Counter(Protocol):
         """Magnitude of a key."""
         ...
 
+    def gather(self, low: int, high: int, capacity: int) -> tuple[int, int, np.ndarray | None]:
+        """Number of keys below ``low`` and in ``[low, high)``; the latter too if no more than ``capacity``."""
+        ...
+
     def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]:
         """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys."""
         ...
@@ -43,7 +51,7 @@ class Counter(Protocol):
         ...
 
     def sample(self, count: int) -> np.ndarray:
-        """About ``count`` keys from evenly spread places, sorted; a hint where to look first."""
+        """About ``count`` keys from evenly spread places, in any order; a hint where to look first."""
         ...
 
 
@@ -114,7 +122,7 @@ def count_thresholds(
     if counter.size == 0:
         raise ValueError("find_thresholds: weights must hold at least one weight, got only empty tensors")
     if sparsity == 0:
-        counter.histogram(0, 1, 0)  # for its check that all weights are finite
+        counter.gather(0, 0, 0)  # for its check that all weights are finite
         return np.zeros(len(units))
     rank, fraction = reference.position(counter.size, sparsity)
     e1, e2 = (counter.magnitude(key) for key in order_statistics(counter, rank))
@@ -129,45 +137,57 @@ def tensor_units(shapes: Sequence[Sequence[int]], dtypes: Sequence[np.dtype[Any]
 
 
 def order_statistics(counter: Counter, rank: int) -> tuple[int, int]:
-    """Keys of rank ``rank`` and ``rank + 1`` (0-based); the key of infinity where there is no second."""
-    low, high = 0, counter.infinity
-    first, last = _guess(counter, rank)
-    while True:
-        shift = max((last - first - 1).bit_length() - (BINS.bit_length() - 1), 0)
-        below, histogram = counter.histogram(first, last, shift)
-        ends = below + np.cumsum(histogram)
+    """Keys of rank ``rank`` and ``rank + 1`` (0-based); the key of infinity where there is no second.
+
+    Counts an interval that probably holds the rank. Few keys in it are gathered, and decide; many are
+    counted in bins, of which one holds the rank. If none does, the search goes on where it must be.
+    """
+    low, high = 0, counter.infinity  # the rank's key is in [low, high)
+    before, end = 0, counter.size  # keys below low, keys below high
+    first, last, expected = _guess(counter, rank)
+    while high - low > 1:
+        if expected <= CAPACITY:
+            below, inside, keys = counter.gather(first, last, CAPACITY)
+            if keys is not None and below <= rank < below + inside:
+                return _pick(counter, keys, rank - below)
+            ends, shift = np.array([below + inside]), (last - first).bit_length()
+        else:
+            shift = max((last - first - 1).bit_length() - (BINS.bit_length() - 1), 0)
+            below, bins = counter.histogram(first, last, shift)
+            ends = below + np.cumsum(bins)
         if rank < below:
-            high = first
+            high, end = first, below
         elif rank >= ends[-1]:
-            low = last
+            low, before = last, int(ends[-1])
         else:
             bin = int(np.searchsorted(ends, rank, side="right"))
-            low = first + (bin << shift)
-            high = min(last, low + (1 << shift))
-            if shift == 0:
-                return low, _next_key(counter, low, rank, ends[bin], histogram[bin + 1 :])
-        first, last = low, high
+            low, high = first + (bin << shift), min(last, first + ((bin + 1) << shift))
+            before, end = int(ends[bin - 1]) if bin else below, int(ends[bin])
+        was_gathered = expected <= CAPACITY and (first, last) == (low, high)
+        first, last, expected = low, high, CAPACITY + 1 if was_gathered else end - before
+    return low, low if rank + 1 < end else counter.successor(low)
 
 
-def _next_key(counter: Counter, key: int, rank: int, end: int, later: NDArray[np.int64]) -> int:
-    """Key of rank ``rank + 1``, given that of ``rank``, the keys up to it, and the bins of width 1 above."""
-    if rank + 1 < end:
-        return key
-    occupied = np.flatnonzero(later)
-    return key + 1 + int(occupied[0]) if len(occupied) else counter.successor(key)
+def _pick(counter: Counter, keys: np.ndarray, index: int) -> tuple[int, int]:
+    """Keys number ``index`` and ``index + 1`` in order; ``keys`` is an interval's worth of them."""
+    wanted = [index, index + 1] if index + 1 < len(keys) else [index]
+    keys.partition(wanted)
+    found = [int(keys[i]) for i in wanted]
+    return found[0], found[1] if len(found) > 1 else counter.successor(found[0])
 
 
-def _guess(counter: Counter, rank: int) -> tuple[int, int]:
-    """Interval that probably holds the rank: narrow, so that few keys need more than a comparison."""
-    if counter.size < _SAMPLE_FROM:
-        return 0, counter.infinity
-    keys = counter.sample(_SAMPLE)
+def _guess(counter: Counter, rank: int) -> tuple[int, int, int]:
+    """Interval that probably holds the rank, from a sample, and how many keys it may hold."""
+    keys = counter.sample(int(min(_SAMPLE, counter.size * _SAMPLE_SHARE + 1)))
     share = (rank + 0.5) / counter.size
     margin = _SAMPLE_MARGIN * np.sqrt(len(keys) * share * (1 - share)) + 2
     left, right = int(share * len(keys) - margin), int(share * len(keys) + margin) + 1
-    first = int(keys[left]) if left >= 0 else 0
-    last = int(keys[right]) + 1 if right < len(keys) else counter.infinity
-    return first, last
+    first, last = 0, counter.infinity
+    if left >= 0:
+        first = int(np.partition(keys, left)[left])
+    if right < len(keys):
+        last = int(np.partition(keys, right)[right]) + 1
+    return first, last, int((right - left) / max(len(keys), 1) * counter.size)
 
 
 def tensor_thresholds(

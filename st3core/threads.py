@@ -54,6 +54,12 @@ def run(function: Callable[..., T], parts: Sequence[tuple[Any, ...]]) -> list[T]
     return [first, *results]
 
 
+def deal(rows: int, elements: int) -> list[slice]:
+    """Slices that deal ``rows`` out among the threads like cards; one slice if there is little work."""
+    threads = max(min(thread_count(), rows), 1) if elements >= SERIAL_BELOW else 1
+    return [slice(thread, None, threads) for thread in range(threads)]
+
+
 def split(work: NDArray[np.int64]) -> list[slice]:
     """Consecutive slices of ``work`` (elements per row), about equal in sum, one for each thread."""
     total = int(work.sum())

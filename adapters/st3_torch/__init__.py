@@ -6,5 +6,7 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("st3_torch needs PyTorch; install it with: pip install 'st3core[torch]'") from error
 
 from st3_torch.sparsifier import Sparsifier
+from st3core import PolynomialSchedule
+from st3core.report import Report
 
-__all__ = ["Sparsifier"]
+__all__ = ["PolynomialSchedule", "Report", "Sparsifier"]

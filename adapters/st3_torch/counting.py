@@ -3,7 +3,7 @@
 The search in :mod:`st3core.search` decides; only counts leave the device, never weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,18 +30,35 @@ class TensorCounter:
         """Magnitude of a key."""
         return float(torch.tensor(key, dtype=self._int).view(self._float))
 
+    def gather(self, low: int, high: int, capacity: int) -> tuple[int, int, np.ndarray | None]:
+        """Number of keys below ``low`` and in ``[low, high)``; the latter too if no more than ``capacity``.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; the message names it.
+        """
+        below, hits = zip(*self._look(low, high), strict=True)
+        inside = sum(keys.numel() for keys in hits)
+        return sum(below), inside, torch.cat(hits).cpu().numpy() if inside <= capacity else None
+
     def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]:
-        """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys."""
-        bins = ((high - 1 - low) >> shift) + 1
-        below, total = 0, np.zeros(bins, np.int64)
+        """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; the message names it.
+        """
+        bins, total = ((high - 1 - low) >> shift) + 1, 0
+        counts = np.zeros(bins, np.int64)
+        for below, hits in self._look(low, high):
+            total += below
+            counts += torch.bincount((hits - low) >> shift, minlength=bins).cpu().numpy()
+        return total, counts
+
+    def _look(self, low: int, high: int) -> Iterator[tuple[int, torch.Tensor]]:
         for weight, unit, name in self._weights:
             keys = self._keys(weight, unit)
             if bool((keys >= self.infinity).any()):
                 raise ValueError(_non_finite(weight, name))
-            below += int((keys < low).sum())
-            inside = keys[(keys >= low) & (keys < high)]
-            total += torch.bincount((inside - low) >> shift, minlength=bins).cpu().numpy()
-        return below, total
+            yield int((keys < low).sum()), keys[(keys >= low) & (keys < high)]
 
     def successor(self, key: int) -> int:
         """Smallest key above ``key``, or the key of infinity."""
@@ -49,10 +66,10 @@ class TensorCounter:
         return min((int(keys.min()) for keys in above if keys.numel()), default=self.infinity)
 
     def sample(self, count: int) -> np.ndarray:
-        """About ``count`` keys from evenly spread places, sorted."""
+        """About ``count`` keys from evenly spread places."""
         stride = max(self.size // count, 1)
         parts = [self._keys(w, u)[stride // 2 :: stride].cpu() for w, u, _ in self._weights]
-        return torch.cat(parts).sort().values.numpy()
+        return torch.cat(parts).numpy()
 
     def _keys(self, weight: torch.Tensor, unit: float) -> torch.Tensor:
         compute = torch.float32 if weight.dtype.itemsize == 2 else weight.dtype

@@ -38,6 +38,15 @@ class _Kernel:
             return cast(nn.Parameter, raw.parametrizations[site.tensor_name].original)
         return cast(nn.Parameter, getattr(raw, site.tensor_name))
 
+    def zeros(self) -> int:
+        """Number of zeros in the forward weight."""
+        raw, parametrization = self.raw.detach(), self.parametrization
+        site = self.sites[0]
+        if parametrization.mask is not None or not is_parametrized(site.module, site.tensor_name):
+            weight = self.effective()
+            return weight.numel() - int(weight.count_nonzero())
+        return int((raw.abs() <= parametrization.threshold.to(raw.dtype)).sum())
+
     def effective(self) -> torch.Tensor:
         site = self.sites[0]
         with torch.no_grad():
@@ -142,7 +151,7 @@ class Sparsifier:
     @property
     def sparsity(self) -> float:
         """Measured share of zeros over all the sparsified weights."""
-        zeros = sum(_zeros(kernel.effective()) for kernel in self._kernels)
+        zeros = sum(kernel.zeros() for kernel in self._kernels)
         return zeros / sum(kernel.raw.numel() for kernel in self._kernels)
 
     def report(self, *inputs: torch.Tensor) -> Report:
@@ -157,9 +166,8 @@ class Sparsifier:
         macs = _multiply_adds(self.model, inputs) if inputs else {}
         layers = []
         for kernel in self._kernels:
-            weight = kernel.effective()
             dense = sum(macs.get(id(site.module), 0) for site in kernel.sites) if inputs else None
-            layers.append(LayerReport(kernel.name, tuple(weight.shape), _zeros(weight), dense))
+            layers.append(LayerReport(kernel.name, tuple(kernel.raw.shape), kernel.zeros(), dense))
         return Report(self.method.name, self.target_sparsity, tuple(layers))
 
     def freeze(self) -> None:
@@ -266,10 +274,6 @@ def _find_thresholds(weights: Mapping[str, torch.Tensor], sparsity: float, metho
         units = tensor_units([tensor.shape for tensor in tensors], dtypes, method)
         found = count_thresholds(TensorCounter(tensors, units, names), sparsity, units, dtypes)
     return dict(zip(names, found.tolist(), strict=True))
-
-
-def _zeros(weight: torch.Tensor) -> int:
-    return weight.numel() - int(weight.count_nonzero())
 
 
 def _multiply_adds(model: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[int, int]:

@@ -1,0 +1,28 @@
+"""Shapes of real networks' kernels, and weights that look like theirs."""
+
+import math
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+def resnet50() -> list[Shape]:
+    """Convolution and linear kernels of ResNet-50 in PyTorch's layout: 54 tensors, 25.5 million weights."""
+    shapes: list[Shape] = [(64, 3, 7, 7)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                shapes.append((4 * width, channels, 1, 1))
+            channels = 4 * width
+    return [*shapes, (1000, 2048)]
+
+
+def he_normal(shapes: list[Shape], seed: int = 0) -> list[np.ndarray]:
+    """float32 weights of the usual initialisation: standard deviation sqrt(2 / inputs)."""
+    generator = np.random.default_rng(seed)
+    return [
+        (generator.standard_normal(s, np.float32) * math.sqrt(2 / math.prod(s[1:]))).astype(np.float32) for s in shapes
+    ]
