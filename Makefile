@@ -20,7 +20,7 @@ check: $(READY)  ## style and types
 	$(RUN) mypy
 
 bench: $(READY)  ## time the threshold search against its alternatives
-	$(VENV)/bin/python benchmarks/search.py
+	$(RUN) benchmarks.speed
 
 study: $(READY)  ## accuracy at 99 % zeros: ST-3 against its neighbours, five seeds
 	$(RUN) benchmarks.accuracy
