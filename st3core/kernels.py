@@ -32,6 +32,7 @@ LANES = 64
 
 _STRIDE = 256
 _jit = njit(nogil=True, cache=True, error_model="numpy")
+_inline = njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 
 
 # --- Memory -----------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ else:
 # --- Half precision: exact widening, rounding to nearest even, no subnormal float32 on the way ------
 
 
-@_jit
+@_inline
 def _widen_float16(source, values):  # type: ignore[no-untyped-def]
     bits = values.view(np.uint32)
     for i in range(source.size):
@@ -81,7 +82,7 @@ def _widen_float16(source, values):  # type: ignore[no-untyped-def]
         bits[i] |= np.uint32(source[i] & 0x8000) << np.uint32(16)
 
 
-@_jit
+@_inline
 def _narrow_float16(values, scratch, target):  # type: ignore[no-untyped-def]
     bits, scratch_bits = values.view(np.uint32), scratch.view(np.uint32)
     for i in range(target.size):  # the addition rounds what will be a subnormal float16
@@ -100,14 +101,14 @@ def _narrow_float16(values, scratch, target):  # type: ignore[no-untyped-def]
         target[i] = np.uint16(half | sign)
 
 
-@_jit
+@_inline
 def _widen_bfloat16(source, values):  # type: ignore[no-untyped-def]
     bits = values.view(np.uint32)
     for i in range(source.size):
         bits[i] = np.uint32(source[i]) << np.uint32(16)
 
 
-@_jit
+@_inline
 def _narrow_bfloat16(values, target):  # type: ignore[no-untyped-def]
     bits = values.view(np.uint32)
     for i in range(target.size):
@@ -120,7 +121,7 @@ def _narrow_bfloat16(values, target):  # type: ignore[no-untyped-def]
 # --- Magnitudes as keys: the bits of a non-negative float order like the float ---------------------
 
 
-@_jit
+@_inline
 def _load_float32_magnitudes(source, memory_format, scale, magnitudes):  # type: ignore[no-untyped-def]
     if memory_format == FLOAT32:
         bits = magnitudes.view(np.uint32)
@@ -139,7 +140,7 @@ def _load_float32_magnitudes(source, memory_format, scale, magnitudes):  # type:
             magnitudes[i] = magnitudes[i] / divisor
 
 
-@_jit
+@_inline
 def _load_float64_magnitudes(source, memory_format, scale, narrow, magnitudes):  # type: ignore[no-untyped-def]
     if memory_format == FLOAT64:
         bits = magnitudes.view(np.uint64)
@@ -154,7 +155,7 @@ def _load_float64_magnitudes(source, memory_format, scale, narrow, magnitudes): 
             magnitudes[i] = narrow[i]
 
 
-@_jit
+@_inline
 def _load_keys(source, memory_format, scale, narrow, magnitudes):  # type: ignore[no-untyped-def]
     if magnitudes.itemsize == 4:
         _load_float32_magnitudes(source, memory_format, scale, magnitudes.view(np.float32))
@@ -163,7 +164,7 @@ def _load_keys(source, memory_format, scale, narrow, magnitudes):  # type: ignor
         _load_float64_magnitudes(source, memory_format, scale, narrow, wide)
 
 
-@_jit
+@_inline
 def _count_block(keys, low, high):  # type: ignore[no-untyped-def]
     below, inside, largest = np.uint32(0), np.uint32(0), keys[0]
     for i in range(keys.size):
@@ -174,7 +175,7 @@ def _count_block(keys, low, high):  # type: ignore[no-untyped-def]
     return below, inside, largest
 
 
-@_jit
+@_inline
 def _gather_block(keys, size, low, high, hits, buffer, taken):  # type: ignore[no-untyped-def]
     """Append the first ``size`` of ``keys`` that are in the interval; ``buffer`` has one place to spare."""
     hits[:] = 0
@@ -246,7 +247,7 @@ def successor(chunks, scales, memory_format, source_like, key):  # type: ignore[
     return best
 
 
-@_jit
+@_inline
 def _successor_in_block(keys, floor, best):  # type: ignore[no-untyped-def]
     nothing = best
     for i in range(keys.size):
@@ -278,7 +279,7 @@ def sample(chunks, scales, memory_format, source_like, stride, keys):  # type: i
 # --- The operator ---------------------------------------------------------------------------------
 
 
-@_jit
+@_inline
 def _load_values(source, memory_format, buffer):  # type: ignore[no-untyped-def]
     if memory_format == FLOAT16:
         _widen_float16(source, buffer)
@@ -289,7 +290,7 @@ def _load_values(source, memory_format, buffer):  # type: ignore[no-untyped-def]
     return source.view(buffer.dtype)
 
 
-@_jit
+@_inline
 def _store_values(values, memory_format, scratch, target):  # type: ignore[no-untyped-def]
     if memory_format == FLOAT16:
         _narrow_float16(values, scratch, target)
@@ -297,55 +298,79 @@ def _store_values(values, memory_format, scratch, target):  # type: ignore[no-un
         _narrow_bfloat16(values, target)
 
 
-@_jit
-def _accumulate(values, threshold, lanes):  # type: ignore[no-untyped-def]
-    # Sums of float32 magnitudes in float64 have bits to spare. Those of float64 carry their rounding
-    # errors along (Knuth's two-sum) and are kept 2**64 times too small, or they could overflow.
-    if values.itemsize == 8:
-        for i in range(values.size):
-            magnitude = abs(values[i]) * 2.0**-64
-            _add(lanes[0], lanes[2], i, magnitude)
-            _add(lanes[1], lanes[3], i, magnitude if abs(values[i]) > threshold else 0.0)
-    else:
-        everything, kept = lanes[0], lanes[1]
-        for i in range(values.size):
-            magnitude = abs(values[i])
-            everything[i] += magnitude
-            kept[i] += magnitude if magnitude > threshold else np.float32(0)
-
-
-@_jit
+@_inline
 def _add(sums, errors, i, value):  # type: ignore[no-untyped-def]
+    """Add to ``sums[i]``, and the rounding error to ``errors[i]`` (Knuth's two-sum)."""
     total = sums[i] + value
     added = total - sums[i]
     errors[i] += (sums[i] - (total - added)) + (value - added)
     sums[i] = total
 
 
-@_jit
-def _scale(lanes, start, stop, size, itemsize):  # type: ignore[no-untyped-def]
-    epsilon = RESCALE_EPSILON * (2.0**-64 if itemsize == 8 else 1.0)
-    for i in range(start + 1, stop):
-        _add(lanes[0], lanes[2], start, lanes[0, i])
-        _add(lanes[1], lanes[3], start, lanes[1, i])
-        lanes[2, start] += lanes[2, i]
-        lanes[3, start] += lanes[3, i]
-    everything, kept = lanes[0, start] + lanes[2, start], lanes[1, start] + lanes[3, start]
+@_inline
+def _accumulate(values, threshold, lanes, period):  # type: ignore[no-untyped-def]
+    """Add magnitude ``i``, and again if it is kept, to lane ``i % period`` of the sums."""
+    # Sums of float32 magnitudes in float64 have bits to spare. Those of float64 carry their rounding
+    # errors along and are kept 2**64 times too small, or they could overflow.
+    everything, kept, everything_errors, kept_errors = lanes
+    for start in range(0, values.size, period):
+        row = values[start : start + period]
+        if values.itemsize == 8:
+            for i in range(row.size):
+                magnitude = abs(row[i]) * 2.0**-64
+                _add(everything, everything_errors, i, magnitude)
+                _add(kept, kept_errors, i, magnitude if abs(row[i]) > threshold else 0.0)
+        else:
+            for i in range(row.size):
+                magnitude = abs(row[i])
+                everything[i] += magnitude
+                kept[i] += magnitude if magnitude > threshold else np.float32(0)
+
+
+@_inline
+def _clear(lanes, width):  # type: ignore[no-untyped-def]
+    everything, kept, everything_errors, kept_errors = lanes
+    for i in range(width):
+        everything[i] = 0.0
+        kept[i] = 0.0
+        everything_errors[i] = 0.0
+        kept_errors[i] = 0.0
+
+
+@_inline
+def _add_lanes(sums, errors, start, other, width, exact):  # type: ignore[no-untyped-def]
+    """Add ``width`` lanes from ``other`` on to those from ``start`` on."""
+    lower, upper = sums[start : start + width], sums[other : other + width]
+    if exact:
+        lower_errors, upper_errors = errors[start : start + width], errors[other : other + width]
+        for i in range(width):
+            _add(lower, lower_errors, i, upper[i])
+            lower_errors[i] += upper_errors[i]
+    else:
+        for i in range(width):
+            lower[i] += upper[i]
+
+
+@_inline
+def _fold(sums, errors, start, width, exact):  # type: ignore[no-untyped-def]
+    """Sum of ``width`` lanes from ``start`` on, pairwise; the lanes are used up."""
+    while width > 1:
+        half = width // 2
+        _add_lanes(sums, errors, start, start + width - half, half, exact)
+        width -= half
+    return sums[start] + errors[start]
+
+
+@_inline
+def _scale(lanes, start, width, size, exact):  # type: ignore[no-untyped-def]
+    everything = _fold(lanes[0], lanes[2], start, width, exact)
+    kept = _fold(lanes[1], lanes[3], start, width, exact)
+    epsilon = RESCALE_EPSILON * (2.0**-64 if exact else 1.0)
     ratio = (kept / size + epsilon) / (everything / size + epsilon)
     return RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)
 
 
-@_jit
-def _row_scale(row, memory_format, threshold, buffer, lanes):  # type: ignore[no-untyped-def]
-    lanes[:] = 0.0
-    for start in range(0, row.size, BLOCK):
-        values = _load_values(row[start : start + BLOCK], memory_format, buffer)
-        for lane_start in range(0, values.size, LANES):
-            _accumulate(values[lane_start : lane_start + LANES], threshold, lanes)
-    return _scale(lanes, 0, min(LANES, row.size), row.size, row.itemsize)
-
-
-@_jit
+@_inline
 def _shrink_row(values, threshold, hard, scale, output):  # type: ignore[no-untyped-def]
     zero = threshold - threshold
     if hard:
@@ -356,7 +381,7 @@ def _shrink_row(values, threshold, hard, scale, output):  # type: ignore[no-unty
             output[i] = scale * (values[i] - min(max(values[i], -threshold), threshold))
 
 
-@_jit
+@_inline
 def _shrink_columns(values, threshold, hard, scales, output):  # type: ignore[no-untyped-def]
     zero = threshold - threshold
     if hard:
@@ -367,62 +392,70 @@ def _shrink_columns(values, threshold, hard, scales, output):  # type: ignore[no
             output[i] = scales[i] * (values[i] - min(max(values[i], -threshold), threshold))
 
 
-@_jit
-def _write_row(source, memory_format, threshold, hard, scale, buffers, target):  # type: ignore[no-untyped-def]
-    values_buffer, scratch = buffers
+@_inline
+def _write(source, target, memory_format, threshold, hard, scales, buffers):  # type: ignore[no-untyped-def]
+    """Threshold and scale ``source``: all of it by ``scales[0]``, or element ``i`` by ``scales[i]``."""
+    values_buffer, narrow = buffers
     for start in range(0, source.size, BLOCK):
-        values = _load_values(source[start : start + BLOCK], memory_format, values_buffer)
         block = target[start : start + BLOCK]
-        if memory_format == FLOAT16 or memory_format == BFLOAT16:
-            _shrink_row(values, threshold, hard, scale, values)
-            _store_values(values, memory_format, scratch, block)
-        else:
-            _shrink_row(values, threshold, hard, scale, block.view(values_buffer.dtype))
-
-
-@_jit
-def _write_columns(source, memory_format, threshold, hard, scales, buffers, target):  # type: ignore[no-untyped-def]
-    values_buffer, scratch = buffers
-    for start in range(0, source.size, BLOCK):
         values = _load_values(source[start : start + BLOCK], memory_format, values_buffer)
-        block, block_scales = target[start : start + BLOCK], scales[start : start + BLOCK]
-        if memory_format == FLOAT16 or memory_format == BFLOAT16:
-            _shrink_columns(values, threshold, hard, block_scales, values)
-            _store_values(values, memory_format, scratch, block)
+        half = memory_format == FLOAT16 or memory_format == BFLOAT16
+        # In place LLVM has to see one array, or it would fear an overlap and give up on SIMD.
+        in_place = half or source.ctypes.data == target.ctypes.data
+        output = values if in_place else block.view(values_buffer.dtype)
+        if scales.size == 1:
+            _shrink_row(values, threshold, hard, scales[0], output)
         else:
-            _shrink_columns(values, threshold, hard, block_scales, block.view(values_buffer.dtype))
+            _shrink_columns(values, threshold, hard, scales[start : start + BLOCK], output)
+        if half:
+            _store_values(values, memory_format, narrow, block)
 
 
-@_jit
-def _apply_rows(source, target, memory_format, threshold, hard, rescale, size, buffers):  # type: ignore[no-untyped-def]
-    lanes = np.empty((4, LANES), np.float64)
-    scale = threshold.dtype.type(1.0)
+@_inline
+def _apply_rows(source, target, memory_format, threshold, hard, rescale, size, buffers, lanes, scales):  # type: ignore[no-untyped-def]
+    """Channels of ``size`` elements each, one after the other."""
+    scales[0] = 1
+    width = min(LANES, size)
     for first in range(0, source.size, size):
         row = source[first : first + size]
         if rescale:
-            channel_scale = _row_scale(row, memory_format, threshold[0], buffers[0], lanes)
-            scale = threshold.dtype.type(channel_scale)
-        _write_row(row, memory_format, threshold[0], hard, scale, buffers, target[first : first + size])
+            _clear(lanes, width)
+            for start in range(0, size, BLOCK):
+                values = _load_values(row[start : start + BLOCK], memory_format, buffers[0])
+                _accumulate(values, threshold, lanes, LANES)
+            scales[0] = _scale(lanes, 0, width, size, row.itemsize == 8)
+        _write(row, target[first : first + size], memory_format, threshold, hard, scales, buffers)
 
 
-@_jit
+@_inline
 def _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers):  # type: ignore[no-untyped-def]
+    """Channels that alternate ``repeats`` times; as many repeats at once as make a long enough loop."""
     repeats, stride, start, stop, size = layout
     width = (stop - start) * size
-    scales = np.ones(width, threshold.dtype)
+    group = min(repeats, LANES // width + 1) if width == stride else 1
+    lanes = np.zeros((4, group * width), np.float64)
+    rows = (lanes[0], lanes[1], lanes[2], lanes[3])
+    scales = np.ones(group * width, buffers[0].dtype)
+    exact = source.itemsize == 8
     if rescale:
-        lanes = np.zeros((4, width), np.float64)
-        for b in range(repeats):
-            segment = source[b * stride + start * size : b * stride + stop * size]
-            for offset in range(0, width, BLOCK):
+        for b in range(0, repeats, group):
+            first = b * stride + start * size
+            segment = source[first : first + min(group, repeats - b) * width]
+            for offset in range(0, segment.size, BLOCK):
                 values = _load_values(segment[offset : offset + BLOCK], memory_format, buffers[0])
-                _accumulate(values, threshold[0], lanes[:, offset : offset + BLOCK])
+                at = (rows[0][offset:], rows[1][offset:], rows[2][offset:], rows[3][offset:])
+                _accumulate(values, threshold, at, BLOCK)
+        for repeat in range(1, group):
+            _add_lanes(rows[0], rows[2], 0, repeat * width, width, exact)
+            _add_lanes(rows[1], rows[3], 0, repeat * width, width, exact)
         for c in range(0, width, size):
-            scales[c : c + size] = _scale(lanes, c, c + size, repeats * size, source.itemsize)
-    for b in range(repeats):
-        segment = source[b * stride + start * size : b * stride + stop * size]
-        output = target[b * stride + start * size : b * stride + stop * size]
-        _write_columns(segment, memory_format, threshold[0], hard, scales, buffers, output)
+            scales[c : c + size] = _scale(rows, c, size, repeats * size, exact)
+        for repeat in range(1, group):
+            scales[repeat * width : (repeat + 1) * width] = scales[:width]
+    for b in range(0, repeats, group):
+        first = b * stride + start * size
+        last = first + min(group, repeats - b) * width
+        _write(source[first:last], target[first:last], memory_format, threshold, hard, scales, buffers)
 
 
 @_jit
@@ -440,23 +473,31 @@ def apply(units, thresholds, memory_format, source_like, hard, rescale):  # type
         hard: keep the weights above the threshold as they are, instead of shrinking them.
         rescale: multiply each channel by its scale.
     """
-    buffers = (np.empty(BLOCK, thresholds.dtype), np.empty(BLOCK, np.float32))
+    # As addresses, because slices of such arrays need no reference counting.
+    memory = np.empty(4 * LANES + 2 * BLOCK, np.float64)
+    lane, place = memory[:0], memory.ctypes.data
+    lanes = (
+        array_at(place, LANES, lane),
+        array_at(place + 8 * LANES, LANES, lane),
+        array_at(place + 16 * LANES, LANES, lane),
+        array_at(place + 24 * LANES, LANES, lane),
+    )
+    place += 32 * LANES
+    buffers = (array_at(place, BLOCK, thresholds), array_at(place + 8 * BLOCK, BLOCK, np.empty(0, np.float32)))
+    scales = array_at(place + 12 * BLOCK, 1, thresholds)
     for u in range(units.shape[0]):
         repeats, channels, size = units[u, 2], units[u, 3], units[u, 4]
-        start, stop = units[u, 5], units[u, 6]
-        threshold = thresholds[units[u, 7] : units[u, 7] + 1]
+        start, stop, threshold = units[u, 5], units[u, 6], thresholds[units[u, 7]]
         source = array_at(units[u, 0], repeats * channels * size, source_like)
         target = array_at(units[u, 1], repeats * channels * size, source_like)
-        if repeats == 1:
-            source, target = source[start * size : stop * size], target[start * size : stop * size]
-            if threshold[0] == 0:
-                target[:] = source
-            else:
-                _apply_rows(source, target, memory_format, threshold, hard, rescale, size, buffers)
-        elif threshold[0] == 0:
+        if threshold == 0:
             for b in range(repeats):
                 first, last = (b * channels + start) * size, (b * channels + stop) * size
                 target[first:last] = source[first:last]
+        elif repeats == 1:
+            source, target = source[start * size : stop * size], target[start * size : stop * size]
+            _apply_rows(source, target, memory_format, threshold, hard, rescale, size, buffers, lanes, scales)
         else:
             layout = (repeats, channels * size, start, stop, size)
             _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers)
+    memory[0] = 0  # still in use up to here

@@ -12,7 +12,10 @@ from st3core.memory import MEMORY_FORMATS, memory_order
 from st3core.method import Method, get_method
 
 _STRIPE = 1 << 10
-"""Elements of the innermost axes that one thread treats at a time where channels are interleaved."""
+"""Elements of the innermost axes that a unit of work takes where channels are interleaved."""
+
+_ROWS = 1 << 15
+"""Elements that a unit of work takes where every channel is contiguous."""
 
 
 def sparsify(
@@ -142,7 +145,7 @@ def unit_table(
         int64, shape ``(rows, 8)``. Rows are independent of each other.
     """
     slabs, repeats, channels, size = _collapsed(shape, channel_axes)
-    step = max(_STRIPE // max(size, 1), 1)
+    step = max((_ROWS if repeats == 1 else _STRIPE) // max(size, 1), 1)
     starts = np.arange(0, channels, step)
     table = np.zeros((slabs, len(starts), 8), np.int64)
     offset = np.arange(slabs)[:, None] * (repeats * channels * size * itemsize)

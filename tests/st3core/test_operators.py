@@ -173,6 +173,7 @@ def test_sparsify_does_not_depend_on_threads(case, count):
         patch.setattr(threads, "SERIAL_BELOW", 0)
         patch.setattr(threads, "thread_count", lambda: count)
         patch.setattr(operators, "_STRIPE", 2)
+        patch.setattr(operators, "_ROWS", 2)
         found = sparsify(weight, threshold, method, channel_axis=axis_argument(axes))
     assert found.tobytes() == expected.tobytes()
 
