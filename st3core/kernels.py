@@ -372,7 +372,7 @@ def _scale(lanes, start, width, size, exact):  # type: ignore[no-untyped-def]
 
 @_inline
 def _shrink_row(values, threshold, hard, scale, output):  # type: ignore[no-untyped-def]
-    zero = threshold - threshold
+    zero = scale - scale  # of the right type; the threshold may be infinite
     if hard:
         for i in range(values.size):
             output[i] = scale * values[i] if abs(values[i]) > threshold else zero
@@ -383,7 +383,7 @@ def _shrink_row(values, threshold, hard, scale, output):  # type: ignore[no-unty
 
 @_inline
 def _shrink_columns(values, threshold, hard, scales, output):  # type: ignore[no-untyped-def]
-    zero = threshold - threshold
+    zero = scales[0] - scales[0]
     if hard:
         for i in range(values.size):
             output[i] = scales[i] * values[i] if abs(values[i]) > threshold else zero

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from st3core import kernels, reference, threads
 from st3core._validation import as_channel_axes, as_threshold, as_weights, describe_non_finite
-from st3core.memory import MEMORY_FORMATS, memory_order
+from st3core.memory import MEMORY_FORMATS, MemoryFormat, memory_order
 from st3core.method import Method, get_method
 
 _STRIPE = 1 << 10
@@ -69,7 +69,7 @@ def sparsify(
         _check_out(out, weight)
     if check_finite:
         _check_finite(weight, "sparsify")
-    source = _walkable(weight, axes)
+    source = weight if is_walkable(weight, axes) else _gathered(weight, axes)
     order = memory_order(source) or ()
     target = _target(source, order, out)
     _apply(source, target, order, limit, chosen, axes)
@@ -93,7 +93,7 @@ def backward(
     .. math:: \frac{\partial L}{\partial w} = \frac{\partial L}{\partial \hat w}
               \quad\text{(straight-through)}, \qquad
               \frac{\partial L}{\partial w} = \frac{\partial L}{\partial \hat w}\,[|w| > \lambda]
-              \quad\text{(masked)}
+              \quad\text{(masked; nothing is masked for } \lambda = 0\text{)}
 
     Args:
         grad: gradient of the loss for the forward weight, of the weight's shape and dtype. Values that
@@ -156,14 +156,18 @@ def unit_table(
     return table.reshape(-1, 8)
 
 
-def _walkable(weight: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """``weight``, or a copy if the kernel cannot walk its memory: with gaps, or with channels cut in pieces."""
+def is_walkable(weight: np.ndarray, channel_axes: Sequence[int]) -> bool:
+    """Whether the kernel can walk the memory: without gaps, and channels in no more than two runs of axes."""
     order = memory_order(weight)
-    if order is not None and len(_runs([weight.shape[a] for a in order], [order.index(a) for a in axes])) <= 4:
-        return weight
-    native = weight.dtype.newbyteorder("=")
+    if order is None:
+        return False
+    return len(_runs([weight.shape[a] for a in order], [order.index(a) for a in channel_axes])) <= 4
+
+
+def _gathered(weight: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Copy of ``weight`` with its channel axes first in memory."""
     inner = tuple(axis for axis in range(weight.ndim) if axis not in axes)
-    copied = np.ascontiguousarray(weight.transpose(axes + inner), native)
+    copied = np.ascontiguousarray(weight.transpose(axes + inner), weight.dtype.newbyteorder("="))
     return copied.transpose(np.argsort(axes + inner))
 
 
@@ -201,14 +205,27 @@ def _apply(
     memory = MEMORY_FORMATS[source.dtype.name]
     addresses = (source.__array_interface__["data"][0], target.__array_interface__["data"][0])
     shape = [source.shape[axis] for axis in order]
-    channel_axes = [order.index(axis) for axis in axes]
-    units = unit_table(addresses, memory.dtype.itemsize, shape, channel_axes)
-    limit = np.asarray(threshold).astype(memory.dtype).astype(memory.compute).reshape(1)
+    units = unit_table(addresses, memory.dtype.itemsize, shape, [order.index(axis) for axis in axes])
+    apply_units(units, np.array([threshold]), memory, method)
+
+
+def apply_units(
+    units: NDArray[np.int64], thresholds: NDArray[np.float64], memory: MemoryFormat, method: Method
+) -> None:
+    """Forward weights of any number of tensors in one call; the memory of all of them must be alive.
+
+    Args:
+        units: rows of :func:`unit_table`, of one tensor or of many.
+        thresholds: of every tensor, in its units; rounded to the weights' dtype here.
+        memory: format of all the weights.
+        method: its operator and rescale matter here.
+    """
+    with np.errstate(over="ignore"):  # a threshold that rounds to infinity zeroes everything, as it should
+        limits = thresholds.astype(memory.dtype).astype(memory.compute)
     flags = method.operator == "hard", method.rescale == "channel"
     like = np.empty(0, memory.bits)
-    work = (units[:, 6] - units[:, 5]) * units[:, 2] * units[:, 4]
-    parts = [(units[piece], limit, memory.code, like, *flags) for piece in threads.split(work)]
-    threads.run(kernels.apply, parts)
+    pieces = threads.split((units[:, 6] - units[:, 5]) * units[:, 2] * units[:, 4])
+    threads.run(kernels.apply, [(units[piece], limits, memory.code, like, *flags) for piece in pieces])
 
 
 def _target(source: np.ndarray, order: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:

@@ -57,7 +57,7 @@ def quantile(magnitudes: FloatArray, sparsity: float) -> tuple[float, float, flo
 def tensor_threshold(dtype: np.dtype[Any], unit: float, e1: float, e2: float, value: float) -> float:
     """Threshold of one tensor in its own units (equation 2c).
 
-    ``lambda * sigma``, moved by at most one unit in the last place of the weight's dtype where it has
+    ``lambda * sigma``, moved by at most two units in the last place of the weight's dtype where it has
     to be, so that after rounding to that dtype it separates the same weights as ``e1`` and ``e2`` do.
     """
 
@@ -133,7 +133,7 @@ def sparsify(
     weight: FloatArray, threshold: float, *, operator: str, rescale: str, channel_axes: tuple[int, ...]
 ) -> FloatArray:
     """Forward weight ``w_hat = alpha * T(w)`` (equation 5); the identity where the threshold is 0."""
-    if weight.dtype.type(threshold) == 0:
+    if weight.size == 0 or weight.dtype.type(threshold) == 0:
         return weight.copy()
     compute = compute_dtype(weight.dtype)
     thresholded = {"soft": soft_threshold, "hard": hard_threshold}[operator](weight, threshold)
@@ -143,7 +143,7 @@ def sparsify(
 
 
 def backward(grad: FloatArray, weight: FloatArray, threshold: float, *, rule: str) -> FloatArray:
-    """Gradient of the raw weight from that of the forward weight (equation 6)."""
-    if rule == "straight_through":
+    """Gradient of the raw weight from that of the forward weight (equation 6); nothing is masked without threshold."""
+    if rule == "straight_through" or weight.dtype.type(threshold) == 0:
         return grad.copy()
     return np.where(kept(weight, threshold), grad, grad.dtype.type(0))

@@ -92,7 +92,8 @@ class PolynomialSchedule:
         done = (step - self.begin_step) // self.update_frequency
         progress = min(done / updates, 1.0) if updates else 0.0
         rise = self.target_sparsity - self.initial_sparsity
-        return float(self.initial_sparsity + rise * (1 - (1 - progress) ** self.power))
+        risen = self.initial_sparsity + rise * (1 - (1 - progress) ** self.power)
+        return float(min(risen, self.target_sparsity))  # the sum may round up
 
     def is_update_step(self, step: SupportsIndex) -> bool:
         """Whether the threshold is recomputed after ``step`` completed optimizer steps.

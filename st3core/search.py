@@ -27,6 +27,9 @@ _SAMPLE_SHARE = 1 / 32
 _SAMPLE_MARGIN = 2.5
 """Standard deviations of the sample's quantile: one search in eighty has to look again."""
 
+_FEW, _FEW_SHARE = 128, 1 << 15
+"""A forecast aims at this many keys on either side, or at this share of all."""
+
 
 class Counter(Protocol):
     """What the search asks for. A *key* is the bit pattern of a magnitude, as an integer."""
@@ -36,6 +39,10 @@ class Counter(Protocol):
 
     def magnitude(self, key: int) -> float:
         """Magnitude of a key."""
+        ...
+
+    def key(self, magnitude: float) -> int:
+        """Key of a magnitude, rounded to nearest."""
         ...
 
     def gather(self, low: int, high: int, capacity: int) -> tuple[int, int, np.ndarray | None]:
@@ -103,7 +110,11 @@ def find_named_thresholds(
 
 
 def count_thresholds(
-    counter: "Counter", sparsity: float, units: Sequence[float], dtypes: Sequence[np.dtype[Any]]
+    counter: Counter,
+    sparsity: float,
+    units: Sequence[float],
+    dtypes: Sequence[np.dtype[Any]],
+    forecast: "Forecast | None" = None,
 ) -> NDArray[np.float64]:
     """Threshold of every tensor, from what ``counter`` says of all of them.
 
@@ -112,6 +123,7 @@ def count_thresholds(
         sparsity: share of zeros in [0, 1).
         units: sigma of every tensor, from :func:`tensor_units`.
         dtypes: of every tensor.
+        forecast: from the searches before this one, over the same tensors; it learns from this one.
 
     Returns:
         float64, one threshold for each tensor.
@@ -125,7 +137,7 @@ def count_thresholds(
         counter.gather(0, 0, 0)  # for its check that all weights are finite
         return np.zeros(len(units))
     rank, fraction = reference.position(counter.size, sparsity)
-    e1, e2 = (counter.magnitude(key) for key in order_statistics(counter, rank))
+    e1, e2 = (counter.magnitude(key) for key in order_statistics(counter, rank, forecast))
     threshold = e1 + fraction * (e2 - e1) if fraction else e1
     return tensor_thresholds(threshold, e1, e2, units, dtypes)
 
@@ -136,20 +148,57 @@ def tensor_units(shapes: Sequence[Sequence[int]], dtypes: Sequence[np.dtype[Any]
     return [float(c(reference.sigma(s, method.score))) for s, c in zip(shapes, compute, strict=True)]
 
 
-def order_statistics(counter: Counter, rank: int) -> tuple[int, int]:
+class Forecast:
+    """Where the next threshold probably is: training moves it little from step to step.
+
+    Learns from every search, so that the next one gathers few keys and still holds the rank. A wrong
+    forecast costs time, never exactness.
+    """
+
+    def __init__(self) -> None:
+        self._magnitude: float | None = None
+        self._trend = self._error = self._width = 0.0
+
+    def interval(self, counter: Counter) -> tuple[int, int, int] | None:
+        """Interval of keys and how many it may hold; None before the first search."""
+        if self._magnitude is None:
+            return None
+        middle, reach = self._magnitude + self._trend, self._width + 2 * self._error
+        low, high = max(middle - reach, 0.0), max(middle + reach, 0.0)
+        return counter.key(low), min(counter.key(high) + 1, counter.infinity), 0
+
+    def learn(self, magnitude: float, count: int, found: tuple[float, float, int] | None) -> None:
+        """Take in a threshold, the number of weights, and the interval that held it with its keys."""
+        if found is not None:  # as many keys on either side as are cheap to gather
+            low, high, inside = found
+            self._width = (high - low) / max(inside, 1) * max(_FEW, count // _FEW_SHARE)
+        if self._magnitude is not None:
+            trend = magnitude - self._magnitude
+            self._error = max(abs(trend - self._trend), self._error / 2)
+            self._trend = trend
+        self._magnitude = magnitude
+
+
+def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = None) -> tuple[int, int]:
     """Keys of rank ``rank`` and ``rank + 1`` (0-based); the key of infinity where there is no second.
 
-    Counts an interval that probably holds the rank. Few keys in it are gathered, and decide; many are
-    counted in bins, of which one holds the rank. If none does, the search goes on where it must be.
+    Counts an interval that probably holds the rank, by the forecast or else by a sample. Few keys in it
+    are gathered, and decide; many are counted in bins, of which one holds the rank. If none does, the
+    search goes on where it must be.
     """
     low, high = 0, counter.infinity  # the rank's key is in [low, high)
     before, end = 0, counter.size  # keys below low, keys below high
-    first, last, expected = _guess(counter, rank)
+    warm = forecast.interval(counter) if forecast else None
+    first, last, expected = warm or _guess(counter, rank)
     while high - low > 1:
         if expected <= CAPACITY:
             below, inside, keys = counter.gather(first, last, CAPACITY)
             if keys is not None and below <= rank < below + inside:
-                return _pick(counter, keys, rank - below)
+                pair = _pick(counter, keys, rank - below)
+                if forecast:
+                    found = counter.magnitude(first), counter.magnitude(last), inside
+                    forecast.learn(counter.magnitude(pair[0]), counter.size, found)
+                return pair
             ends, shift = np.array([below + inside]), (last - first).bit_length()
         else:
             shift = max((last - first - 1).bit_length() - (BINS.bit_length() - 1), 0)
@@ -165,6 +214,13 @@ def order_statistics(counter: Counter, rank: int) -> tuple[int, int]:
             before, end = int(ends[bin - 1]) if bin else below, int(ends[bin])
         was_gathered = expected <= CAPACITY and (first, last) == (low, high)
         first, last, expected = low, high, CAPACITY + 1 if was_gathered else end - before
+        if warm and expected > CAPACITY:  # the forecast was wrong: look at a sample after all
+            warm, (left, right, expected) = None, _guess(counter, rank)
+            first, last = max(left, low), min(right, high)
+            if first >= last:
+                first, last, expected = low, high, end - before
+    if forecast:
+        forecast.learn(counter.magnitude(low), counter.size, None)
     return low, low if rank + 1 < end else counter.successor(low)
 
 

@@ -30,6 +30,10 @@ class TensorCounter:
         """Magnitude of a key."""
         return float(torch.tensor(key, dtype=self._int).view(self._float))
 
+    def key(self, magnitude: float) -> int:
+        """Key of a magnitude, rounded to nearest."""
+        return int(torch.tensor(magnitude, dtype=self._float).view(self._int))
+
     def gather(self, low: int, high: int, capacity: int) -> tuple[int, int, np.ndarray | None]:
         """Number of keys below ``low`` and in ``[low, high)``; the latter too if no more than ``capacity``.
 
@@ -82,5 +86,6 @@ class TensorCounter:
 
 def _non_finite(weight: torch.Tensor, name: str) -> str:
     bad = weight.detach()[~weight.detach().isfinite()]
-    value = f", got {float(bad[0])}" if bad.numel() else ""
-    return f"find_thresholds: {name} must be finite{value}; find out where training diverged"
+    if bad.numel() == 0:
+        return f"find_thresholds: {name} divided by its sigma exceeds the largest number of its dtype; scale it down"
+    return f"find_thresholds: {name} must be finite, got {float(bad[0])}; find out where training diverged"

@@ -89,9 +89,16 @@ def find_kernels(
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the kernels; those tied to a tensor that stays dense, such as an embedding, stay dense."""
+    elsewhere = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if channel_layout(module) is None or name != "weight"
+    }
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if channel_layout(module) is None or weight is None:
+        if channel_layout(module) is None or weight is None or id(weight) in elsewhere:
             continue
         if isinstance(weight, nn.UninitializedParameter):
             raise ValueError(f"Sparsifier: {path}.weight has no shape yet; run the model once before you sparsify it")

@@ -1,5 +1,6 @@
 """The forward weight and its gradient rule, in PyTorch's autograd."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,8 +50,36 @@ class _ForwardWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         if ctx.method.backward == "masked":
             weight, threshold = ctx.saved_tensors
-            grad = torch.where(weight.abs() > threshold.to(weight.dtype), grad, 0)
+            grad = _masked(grad, weight, threshold)
         return grad, None, None, None
+
+
+class AllForwardWeights(torch.autograd.Function):
+    """The same rule for all weights of a model at once, whose forward weights have been computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, method: Method, limits: Sequence[torch.Tensor], computed: Sequence[torch.Tensor], *raw: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Forward weights as part of the graph."""
+        ctx.method, ctx.limits = method, limits
+        ctx.set_materialize_grads(False)
+        if method.backward == "masked":
+            ctx.save_for_backward(*raw)
+        return tuple(weight.detach() for weight in computed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the raw weights."""
+        if ctx.method.backward == "masked":
+            masked = zip(grads, ctx.saved_tensors, ctx.limits, strict=True)
+            grads = tuple(None if g is None else _masked(g, w, limit) for g, w, limit in masked)
+        return None, None, None, *grads
+
+
+def _masked(grad: torch.Tensor, weight: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    limit = threshold.to(weight.dtype)
+    return torch.where((weight.abs() > limit) | (limit == 0), grad, 0)
 
 
 def _forward_numba(weight: torch.Tensor, threshold: float, method: Method, layout: ChannelLayout) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The parametrization that stands between a raw weight and the layer that uses it."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,6 +49,14 @@ def attach(site: Site, parametrization: SparseWeight) -> None:
     _make_copyable(site.module)
 
 
+def raw_parameter(site: Site) -> nn.Parameter:
+    """The Parameter that the optimizer trains, whether or not it is parametrized."""
+    lists: Any = site.module._modules.get("parametrizations")
+    if lists is None or site.tensor_name not in lists._modules:
+        return cast(nn.Parameter, site.module._parameters[site.tensor_name])
+    return cast(nn.Parameter, lists._modules[site.tensor_name]._parameters["original"])
+
+
 def detach(site: Site, order: list[str]) -> None:
     """Take the parametrization off again, and the parameters into their former order.
 
@@ -68,11 +76,44 @@ def _make_copyable(module: nn.Module) -> None:
     injected: Any = type(module)
     injected.__reduce_ex__ = _reduce
     injected.__deepcopy__ = _deepcopy
+    lists: Any = module._modules["parametrizations"]
+    for name in lists:
+        setattr(injected, name, _with_shortcut(name, vars(injected)[name]))
+
+
+# While a model runs, all its forward weights are there already, computed in one go.
+
+
+def _key(tensor_name: str) -> str:
+    return f"_forward_{tensor_name}"
+
+
+def _with_shortcut(tensor_name: str, computing: property) -> property:
+    key, compute = _key(tensor_name), computing.fget
+    assert compute is not None
+
+    def get(self: nn.Module) -> torch.Tensor:
+        ready: torch.Tensor | None = self.__dict__.get(key)
+        return compute(self) if ready is None else ready
+
+    return property(get, computing.fset)
+
+
+def set_ready(site: Site, weight: torch.Tensor) -> None:
+    """Let the module use this forward weight until :func:`clear_ready`."""
+    site.module.__dict__[_key(site.tensor_name)] = weight
+
+
+def clear_ready(site: Site) -> None:
+    """Let the module compute its forward weight again at each use."""
+    site.module.__dict__.pop(_key(site.tensor_name), None)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
     attributes = {**module.__dict__, "_modules": dict(module._modules)}
     lists = attributes["_modules"].pop("parametrizations")
+    for name in lists:
+        attributes.pop(_key(name), None)
     attributes["_parameters"] = dict(module._parameters)
     tensors = {name: (items.original, list(items)) for name, items in lists.items()}
     return {"attributes": attributes, "tensors": tensors}

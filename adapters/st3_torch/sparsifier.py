@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,11 +16,13 @@ from st3_torch.counting import TensorCounter
 from st3_torch.layers import Rule, Site, channel_layout, find_kernels
 from st3_torch.memory import NUMPY_DTYPES, as_array
 from st3_torch.memory import on_cpu as _on_cpu
-from st3_torch.parametrization import SparseWeight, attach, detach
+from st3_torch.operator import AllForwardWeights
+from st3_torch.parametrization import SparseWeight, attach, clear_ready, detach, raw_parameter, set_ready
+from st3_torch.plan import Plan, can_plan
 from st3core import PolynomialSchedule
 from st3core.method import Method, get_method
 from st3core.report import LayerReport, Report
-from st3core.search import count_thresholds, find_named_thresholds, tensor_units
+from st3core.search import Forecast, count_thresholds, find_named_thresholds, tensor_units
 
 
 @dataclass
@@ -32,11 +36,7 @@ class _Kernel:
 
     @property
     def raw(self) -> nn.Parameter:
-        site = self.sites[0]
-        raw: Any = site.module
-        if is_parametrized(site.module, site.tensor_name):
-            return cast(nn.Parameter, raw.parametrizations[site.tensor_name].original)
-        return cast(nn.Parameter, getattr(raw, site.tensor_name))
+        return raw_parameter(self.sites[0])
 
     def zeros(self) -> int:
         """Number of zeros in the forward weight."""
@@ -117,6 +117,12 @@ class Sparsifier:
         self._step = 0
         self._frozen = self._finalized = False
         self._kernels = [_attach(name, sites, self.method) for name, sites in kernels.items()]
+        self._plan: Plan | None = None
+        self._forecast = Forecast()
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, prepend=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
         self._set_thresholds(first)
 
     def step(self) -> None:
@@ -129,8 +135,7 @@ class Sparsifier:
         self._require_open("step")
         step = self._step + 1
         if not self._frozen and self.schedule.is_update_step(step):
-            weights = {kernel.name: kernel.raw for kernel in self._kernels}
-            self._set_thresholds(_find_thresholds(weights, self.schedule(step), self.method))
+            self._set_thresholds(self._find_thresholds(self.schedule(step)))
         self._step = step
 
     @property
@@ -146,7 +151,7 @@ class Sparsifier:
     @property
     def thresholds(self) -> dict[str, float]:
         """Threshold of every kernel, by the name that it had in the dense model."""
-        return dict(self._thresholds)
+        return dict(zip((kernel.name for kernel in self._kernels), self._thresholds.tolist(), strict=True))
 
     @property
     def sparsity(self) -> float:
@@ -208,7 +213,9 @@ class Sparsifier:
                 detach(site, order)
             with torch.no_grad():
                 raw.copy_(weight)
-        self._finalized = True
+        for hook in self._hooks:
+            hook.remove()
+        self._plan, self._finalized = None, True
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,16 +241,64 @@ class Sparsifier:
         own = self.state_dict()
         _check_state(own, state)
         self._step = int(state["step"])
-        self._set_thresholds({name: float(value) for name, value in state["thresholds"].items()})
+        self._set_thresholds(np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64))
         self._frozen = bool(state["masks"])
         for kernel in self._kernels:
             mask = state["masks"].get(kernel.name)
             kernel.parametrization.mask = None if mask is None else mask.to(kernel.raw.device).clone()
 
-    def _set_thresholds(self, thresholds: dict[str, float]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # addresses; a copy has others
+
+    def _find_thresholds(self, sparsity: float) -> NDArray[np.float64]:
+        raw: list[torch.Tensor] = [kernel.raw for kernel in self._kernels]
+        plan = self._fitting_plan(raw)
+        if plan is not None:
+            return plan.find_thresholds(sparsity)
+        return _find_thresholds({k.name: w for k, w in zip(self._kernels, raw, strict=True)}, sparsity, self.method)
+
+    def _set_thresholds(self, thresholds: NDArray[np.float64]) -> None:
         self._thresholds = thresholds
+        limits = [kernel.parametrization.threshold for kernel in self._kernels]
+        # By NumPy, once: on the way to half precision PyTorch would round to float32 first.
+        dtypes = [NUMPY_DTYPES[kernel.raw.dtype] for kernel in self._kernels]
+        with np.errstate(over="ignore"):
+            rounded = {dtype: thresholds.astype(dtype).astype(np.float64) for dtype in set(dtypes)}
+        values = [rounded[dtype][index] for index, dtype in enumerate(dtypes)]
+        torch._foreach_copy_(limits, list(torch.tensor(values, dtype=torch.float64).unbind()))
+
+    def _fitting_plan(self, raw: Sequence[torch.Tensor]) -> Plan | None:
+        if self._plan is not None and self._plan.fits(raw):
+            return self._plan
+        layouts = [kernel.parametrization.layout for kernel in self._kernels]
+        names = [kernel.name for kernel in self._kernels]
+        possible = can_plan(raw, layouts)
+        self._plan = Plan(raw, layouts, names, self.method, self._forecast) if possible else None
+        return self._plan
+
+    def _before_forward(self, model: nn.Module, inputs: Any) -> None:
+        """Compute the forward weights of all layers at once, before the model runs."""
+        if torch.compiler.is_compiling() or self._frozen or torch._C._are_functorch_transforms_active():
+            return
+        raw: list[torch.Tensor] = [kernel.raw for kernel in self._kernels]
+        plan = self._fitting_plan(raw)
+        if plan is None:
+            return
+        plan.compute_forward(raw, self._thresholds)
+        ready: Sequence[torch.Tensor] = plan.forward
+        if torch.is_grad_enabled():
+            limits = [kernel.parametrization.threshold for kernel in self._kernels]
+            ready = AllForwardWeights.apply(self.method, limits, plan.forward, *raw)  # type: ignore[no-untyped-call]
+        for kernel, weight in zip(self._kernels, ready, strict=True):
+            for site in kernel.sites:
+                set_ready(site, weight)
+
+    def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         for kernel in self._kernels:
-            kernel.parametrization.threshold.fill_(thresholds[kernel.name])
+            for site in kernel.sites:
+                clear_ready(site)
 
     def _require_open(self, member: str) -> None:
         if self._finalized:
@@ -265,15 +320,13 @@ def _weight(site: Site) -> torch.Tensor:
     return weight
 
 
-def _find_thresholds(weights: Mapping[str, torch.Tensor], sparsity: float, method: Method) -> dict[str, float]:
+def _find_thresholds(weights: Mapping[str, torch.Tensor], sparsity: float, method: Method) -> NDArray[np.float64]:
     names, tensors = list(weights), [weight.detach() for weight in weights.values()]
     if all(_on_cpu(tensor) for tensor in tensors):
-        found = find_named_thresholds([as_array(t) for t in tensors], sparsity, method, names)
-    else:
-        dtypes = [NUMPY_DTYPES[tensor.dtype] for tensor in tensors]
-        units = tensor_units([tensor.shape for tensor in tensors], dtypes, method)
-        found = count_thresholds(TensorCounter(tensors, units, names), sparsity, units, dtypes)
-    return dict(zip(names, found.tolist(), strict=True))
+        return find_named_thresholds([as_array(t) for t in tensors], sparsity, method, names)
+    dtypes = [NUMPY_DTYPES[tensor.dtype] for tensor in tensors]
+    units = tensor_units([tensor.shape for tensor in tensors], dtypes, method)
+    return count_thresholds(TensorCounter(tensors, units, names), sparsity, units, dtypes)
 
 
 def _multiply_adds(model: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[int, int]:

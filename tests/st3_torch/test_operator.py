@@ -61,7 +61,8 @@ def by_group(weight, threshold, method, layout):
 
 def rounded(threshold, tensor):
     compute = torch.float32 if tensor.dtype.itemsize == 2 else tensor.dtype
-    return torch.tensor(threshold, dtype=torch.float64).to(compute)
+    with np.errstate(over="ignore"):
+        return torch.tensor(float(np.float64(threshold).astype(NUMPY_DTYPES[tensor.dtype])), dtype=compute)
 
 
 @given(cases())

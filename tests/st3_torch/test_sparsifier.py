@@ -68,6 +68,30 @@ def test_sparsity_is_exact_while_training(method):
         assert sp.target_sparsity == sp.schedule(step)
 
 
+def test_half_precision_thresholds_are_rounded_once():
+    model = nn.Linear(2, 1, bias=False).half()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1 + 2**-10, 1 + 2**-9]]))
+    sp = Sparsifier(model, st3core.PolynomialSchedule(0.5 - 1e-9, begin_step=0, end_step=0))
+    sp.step()
+    assert sp.sparsity == 0.5
+    assert int(model.weight.count_nonzero()) == 1
+
+
+def test_masked_gradients_pass_before_the_ramp():
+    model = nn.Linear(3, 2)
+    nn.init.zeros_(model.weight)
+    Sparsifier(model, st3core.PolynomialSchedule(0.5, begin_step=5, end_step=9), "gmp")
+    model(torch.ones(1, 3)).sum().backward()
+    assert (model.parametrizations.weight.original.grad == 1).all()
+
+
+def test_kernels_tied_to_an_embedding_stay_dense():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
+    model[2].weight = model[0].weight
+    assert list(Sparsifier(model, ramp()).thresholds) == ["1.weight"]
+
+
 def test_before_the_ramp_training_is_dense():
     model, dense = small_net(), small_net()
     sp = Sparsifier(model, st3core.PolynomialSchedule(0.9, begin_step=5, end_step=9))

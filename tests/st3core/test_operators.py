@@ -194,12 +194,12 @@ def test_backward_follows_its_rule(case, data):
     grad = data.draw(layouts(np.arange(1, weight.size + 1).reshape(weight.shape).astype(weight.dtype)))
     found = backward(grad, weight, threshold, method, channel_axis=axis_argument(axes))
     assert (found.dtype, found.shape) == (grad.dtype, grad.shape)
-    if method.backward == "straight_through":
+    with np.errstate(over="ignore"):
+        limit = np.float64(threshold).astype(weight.dtype)
+    if method.backward == "straight_through" or limit == 0:
         assert found.tobytes() == grad.tobytes()
         assert not np.shares_memory(found, grad)
     else:
-        with np.errstate(over="ignore"):
-            limit = np.float64(threshold).astype(weight.dtype)
         assert (found[np.abs(weight) > limit] == grad[np.abs(weight) > limit]).all()
         assert (found[np.abs(weight) <= limit] == 0).all()
 
@@ -235,6 +235,14 @@ def test_the_largest_float64_weights_have_a_scale():
     weight[0, 0] /= 4
     found = sparsify(weight, weight[0, 0], "st3")
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.operator}-{m.rescale}-{m.backward}")
+def test_a_threshold_above_every_number_zeroes_everything(method, dtype):
+    for shape in ((2, 3), (2, 3, 4)):
+        with np.errstate(over="ignore"):
+            assert (sparsify(np.ones(shape, dtype), 1e300, method, channel_axis=1) == 0).all()
 
 
 def test_worked_example():

@@ -64,6 +64,14 @@ def test_schedule_survives_pickle(schedule):
     assert pickle.loads(pickle.dumps(schedule)) == schedule
 
 
+def test_schedule_never_rounds_past_its_target():
+    target = 0.9152276080232461
+    schedule = PolynomialSchedule(
+        target, begin_step=0, end_step=5, update_frequency=2, initial_sparsity=0.3887714414209608
+    )
+    assert schedule(4) == target
+
+
 def test_initial_sparsity_starts_at_begin_step():
     schedule = PolynomialSchedule(0.75, begin_step=10, end_step=20, power=1, initial_sparsity=0.25)
     assert [schedule(step) for step in (9, 10, 15, 20)] == [0.0, 0.25, 0.5, 0.75]

@@ -128,6 +128,40 @@ def test_search_is_exact_whatever_the_guess(arrays, sparsity, method, data):
         assert find_thresholds(arrays, sparsity, method).tobytes() == expected.tobytes()
 
 
+@given(
+    st.lists(weight_lists(huge=False, mixed=False), min_size=2, max_size=4),
+    st.lists(sparsities, min_size=4, max_size=4),
+    st.data(),
+)
+def test_search_is_exact_whatever_the_forecast(histories, shares, data):
+    """One forecast for weights that have nothing to do with each other."""
+    forecast = search.Forecast()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "CAPACITY", data.draw(st.sampled_from([0, 3, 1000])))
+        patch.setattr(search, "_FEW", data.draw(st.sampled_from([1, 100])))
+        for arrays, sparsity in zip(histories, shares, strict=False):
+            units, dtypes = [1.0] * len(arrays), [a.dtype for a in arrays]
+            counter = counting.ArrayCounter(arrays, units, ["w"] * len(arrays))
+            found = search.count_thresholds(counter, sparsity, units, dtypes, forecast)
+            assert found.tobytes() == reference.find_thresholds(arrays, sparsity, "magnitude").tobytes()
+
+
+def test_a_good_forecast_settles_the_matter_in_one_look(monkeypatch):
+    generator = np.random.default_rng(0)
+    weight, drift = generator.standard_normal((2, 200_000)).astype(np.float32)
+    forecast, looks = search.Forecast(), []
+    gather = counting.ArrayCounter.gather
+    monkeypatch.setattr(counting.ArrayCounter, "gather", lambda *a: looks.append(gather(*a)[1]) or gather(*a))
+    monkeypatch.setattr(counting.ArrayCounter, "histogram", None)
+    for step in range(20):
+        weight += np.float32(1e-3) * drift
+        counter = counting.ArrayCounter([weight], [1.0], ["w"])
+        found = search.count_thresholds(counter, 0.9 + 0.001 * step, [1.0], [weight.dtype], forecast)
+        assert found == reference.find_thresholds([weight], 0.9 + 0.001 * step, "magnitude")
+    assert len(looks) <= 22  # one each, and one more while the trend is learned
+    assert max(looks[5:]) < weight.size // 20
+
+
 @given(weight_lists(huge=False), st.integers(1, 10))
 def test_sample_returns_keys_that_occur(arrays, count):
     counter = counting.ArrayCounter(arrays, [1.0] * len(arrays), ["w"] * len(arrays))
