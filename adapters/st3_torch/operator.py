@@ -27,8 +27,19 @@ def forward_weight(
     Returns:
         New tensor of the weight's shape, dtype and memory format.
     """
+    if torch.compiler.is_compiling():
+        return _traced(weight, threshold, method, layout)
     result: torch.Tensor = _ForwardWeight.apply(weight, threshold, method, layout)  # type: ignore[no-untyped-call]
     return result
+
+
+def _traced(weight: torch.Tensor, threshold: torch.Tensor, method: Method, layout: ChannelLayout) -> torch.Tensor:
+    """The rule of :class:`_ForwardWeight` for compilers, in operations that they differentiate themselves."""
+    constant = weight.detach()
+    nothing = weight - constant  # zero, with the gradient of the weight
+    if method.backward == "masked":
+        nothing = _masked(nothing, constant, threshold)
+    return forward_with_torch(constant, threshold, method, layout) + nothing
 
 
 class _ForwardWeight(torch.autograd.Function):
@@ -36,7 +47,7 @@ class _ForwardWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: torch.Tensor, threshold: torch.Tensor, method: Method, layout: ChannelLayout) -> torch.Tensor:
-        if _on_cpu(weight) and not torch.compiler.is_compiling():
+        if _on_cpu(weight):
             return _forward_numba(weight, float(threshold), method, layout)
         return forward_with_torch(weight, threshold, method, layout)
 

@@ -1,0 +1,207 @@
+"""All forward weights at once must be what each layer would compute alone, in every way a model is used."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import st3core
+from st3_torch import Sparsifier
+from tests.st3_torch.networks import batch, ramp, small_net, train_step
+
+METHODS = ["st3", "st3_sigma", "hard_ste", "gmp"]
+
+
+def sparse_net(method="st3", sparsity=0.8):
+    model = small_net()
+    sp = Sparsifier(model, ramp(sparsity, end=0), method)
+    sp.step()
+    return model, sp
+
+
+def grads(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def alone(model, monkeypatch):
+    """The same model without the shortcut: every layer computes its own forward weight."""
+    monkeypatch.setattr("st3_torch.sparsifier.can_plan", lambda raw, layouts: False)
+    return copy.deepcopy(model)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_and_gradients_are_those_of_single_layers(method, monkeypatch):
+    model, _ = sparse_net(method)
+    images, labels = batch()
+    single = alone(model, monkeypatch)
+    outputs = []
+    for one in (single, model):
+        if one is model:
+            monkeypatch.undo()
+        output = one(images)
+        nn.functional.cross_entropy(output, labels).backward()
+        outputs.append(output)
+    assert torch.equal(*outputs)
+    assert equal(grads(single), grads(model))
+
+
+def test_the_shortcut_is_taken_and_ends_with_the_forward_pass():
+    model, _ = sparse_net()
+    seen = []
+    model[6].register_forward_pre_hook(lambda module, inputs: seen.append(module.weight.grad_fn.name()))
+    model(batch()[0])
+    assert seen == ["AllForwardWeightsBackward"]
+    assert model[6].weight.grad_fn.name() != "AllForwardWeightsBackward"
+
+
+def test_an_exception_in_the_forward_pass_ends_it_too():
+    model, _ = sparse_net()
+    with pytest.raises(RuntimeError):
+        model(torch.ones(1, 7))
+    assert not any(key.startswith("_forward_") and key.endswith("weight") for m in model.modules() for key in vars(m))
+
+
+def test_two_forward_passes_before_one_backward():
+    model, _ = sparse_net()
+    one, other = batch(1)[0], batch(2)[0]
+    (model(one).sum() + model(other).sum()).backward()
+    together = grads(model)
+    model.zero_grad()
+    model[1].reset_running_stats()
+    model(one).sum().backward()
+    model(other).sum().backward()  # accumulates
+    assert all(torch.allclose(together[k], v, rtol=1e-5, atol=1e-6) for k, v in grads(model).items())
+
+
+def test_a_graph_whose_weights_have_moved_on_is_refused():
+    model, sp = sparse_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    late = model(batch(1)[0]).sum()
+    train_step(model, optimizer, sp)
+    model(batch(2)[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "storage"])
+def test_weights_changed_behind_our_back_are_seen(change):
+    model, sp = sparse_net()
+    model(batch()[0])
+    raw = model[6].parametrizations.weight.original
+    new = torch.randn_like(raw)
+    if change == "in place":
+        with torch.no_grad():
+            raw.copy_(new)
+    elif change == "data":
+        raw.data.copy_(new)
+    else:
+        raw.data = new
+    seen = []
+    model[6].register_forward_pre_hook(lambda module, inputs: seen.append(module.weight.detach().clone()))
+    model(batch()[0])
+    expected = st3core.sparsify(new.numpy(), sp.thresholds["6.weight"])
+    assert (seen[0].numpy() == expected).all()
+
+
+def test_without_gradients():
+    model, _ = sparse_net()
+    model.eval()
+    images, _ = batch()
+    expected = model(images)
+    with torch.no_grad():
+        assert torch.equal(model(images), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(images), expected)
+    assert not model[6].weight.is_inference()
+
+
+def test_parts_of_a_model_may_be_called_alone():
+    model, _ = sparse_net()
+    model.eval()
+    images, _ = batch()
+    assert torch.equal(model[2:](model[:2](images)), model(images))
+
+
+def test_gradient_checkpointing():
+    model, _ = sparse_net()
+    model.eval()
+    images, _ = batch()
+    model(images).sum().backward()
+    expected = grads(model)
+    model.zero_grad()
+    checkpoint(model, images.requires_grad_(), use_reentrant=False).sum().backward()
+    assert equal(grads(model), expected)
+
+
+def test_functional_call_and_transforms():
+    model, _ = sparse_net()
+    model.eval()
+    images, _ = batch()
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected = model(images)
+    assert torch.equal(torch.func.functional_call(model, parameters, images), expected)
+    model(images).sum().backward()
+    found = torch.func.grad(lambda p: torch.func.functional_call(model, p, images).sum())(parameters)
+    assert all(torch.allclose(found[k], v) for k, v in grads(model).items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_models(method):
+    """One graph, and no other when the threshold moves."""
+    model, sp = sparse_net(method)
+    model.eval()
+    images, _ = batch()
+    graphs = []
+    compiled = torch.compile(model, backend=lambda module, _: graphs.append(module) or module.forward, fullgraph=True)
+    for _ in range(3):
+        model.zero_grad()
+        found = compiled(images)
+        found.sum().backward()
+        its_grads = grads(model)
+        model.zero_grad()
+        expected = model(images)
+        expected.sum().backward()
+        assert torch.allclose(found, expected, rtol=1e-5)
+        assert all(torch.allclose(its_grads[k], v, rtol=1e-5) for k, v in grads(model).items())
+        with torch.no_grad():
+            model[6].parametrizations.weight.original.mul_(1.1)
+        sp.step()
+    assert len(graphs) == 1
+
+
+def test_autocast():
+    model, _ = sparse_net()
+    model.eval()
+    images, _ = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images)
+    assert output.dtype == torch.bfloat16
+    assert torch.allclose(output.float(), model(images), rtol=0.1, atol=0.05)
+
+
+def test_a_model_that_changes_its_dtype():
+    model, sp = sparse_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_step(model, optimizer, sp)
+    model.double()
+    sp.step()
+    images, labels = batch()
+    nn.functional.cross_entropy(model(images.double()), labels).backward()
+    kernels = [m.weight.detach() for m in model.modules() if parametrize.is_parametrized(m)]
+    assert sum(int((w == 0).sum()) for w in kernels) / sum(w.numel() for w in kernels) == sp.sparsity
+
+
+def test_finalize_takes_the_hooks_away():
+    model, sp = sparse_net()
+    model(batch()[0])
+    sp.finalize()
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert not any(key.startswith("_forward_") and key.endswith("weight") for m in model.modules() for key in vars(m))
