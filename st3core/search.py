@@ -167,11 +167,9 @@ class Forecast:
         low, high = max(middle - reach, 0.0), max(middle + reach, 0.0)
         return counter.key(low), min(counter.key(high) + 1, counter.infinity), 0
 
-    def learn(self, magnitude: float, count: int, found: tuple[float, float, int] | None) -> None:
-        """Take in a threshold, the number of weights, and the interval that held it with its keys."""
-        if found is not None:  # as many keys on either side as are cheap to gather
-            low, high, inside = found
-            self._width = (high - low) / max(inside, 1) * max(_FEW, count // _FEW_SHARE)
+    def learn(self, magnitude: float, reach: float | None) -> None:
+        """Take in a threshold, and how far around it the few keys reach that are cheap to gather."""
+        self._width = reach if reach is not None else self._width
         if self._magnitude is not None:
             trend = magnitude - self._magnitude
             self._error = max(abs(trend - self._trend), self._error / 2)
@@ -194,11 +192,7 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
         if expected <= CAPACITY:
             below, inside, keys = counter.gather(first, last, CAPACITY)
             if keys is not None and below <= rank < below + inside:
-                pair = _pick(counter, keys, rank - below)
-                if forecast:
-                    found = counter.magnitude(first), counter.magnitude(last), inside
-                    forecast.learn(counter.magnitude(pair[0]), counter.size, found)
-                return pair
+                return _pick(counter, keys, rank - below, forecast)
             ends, shift = np.array([below + inside]), (last - first).bit_length()
         else:
             shift = max((last - first - 1).bit_length() - (BINS.bit_length() - 1), 0)
@@ -220,16 +214,20 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
             if first >= last:
                 first, last, expected = low, high, end - before
     if forecast:
-        forecast.learn(counter.magnitude(low), counter.size, None)
+        forecast.learn(counter.magnitude(low), None)
     return low, low if rank + 1 < end else counter.successor(low)
 
 
-def _pick(counter: Counter, keys: np.ndarray, index: int) -> tuple[int, int]:
+def _pick(counter: Counter, keys: np.ndarray, index: int, forecast: Forecast | None) -> tuple[int, int]:
     """Keys number ``index`` and ``index + 1`` in order; ``keys`` is an interval's worth of them."""
-    wanted = [index, index + 1] if index + 1 < len(keys) else [index]
-    keys.partition(wanted)
-    found = [int(keys[i]) for i in wanted]
-    return found[0], found[1] if len(found) > 1 else counter.successor(found[0])
+    few = max(_FEW, counter.size // _FEW_SHARE)
+    around = [max(index - few, 0), index, min(index + 1, len(keys) - 1), min(index + few, len(keys) - 1)]
+    keys.partition(around)
+    left, key, following, right = (int(keys[i]) for i in around)
+    if forecast:
+        magnitude = counter.magnitude(key)
+        forecast.learn(magnitude, max(magnitude - counter.magnitude(left), counter.magnitude(right) - magnitude))
+    return key, following if index + 1 < len(keys) else counter.successor(key)
 
 
 def _guess(counter: Counter, rank: int) -> tuple[int, int, int]:
