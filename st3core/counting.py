@@ -79,7 +79,7 @@ class ArrayCounter:
             share = int(_SLACK * capacity * elements / self.size)
             buffer = np.empty(min(elements, share) + kernels.BLOCK, self.key_dtype)
             below, inside, largest, taken = kernels.count(*_arguments(table, chunks), interval, buffer, no_bins)
-            return below, inside, largest, buffer[:taken]
+            return int(below), int(inside), int(largest), buffer[:taken]
 
         below, inside, largest, gathered = zip(*self._map(part), strict=True)
         self._check_finite(largest)
@@ -98,7 +98,7 @@ class ArrayCounter:
         def part(table: _Table, chunks: NDArray[np.int64]) -> tuple[int, int, NDArray[np.int64]]:
             bins = np.zeros_like(total)
             below, _, largest, _ = kernels.count(*_arguments(table, chunks), interval, no_buffer, bins)
-            return below, largest, bins
+            return int(below), int(largest), bins
 
         below = 0
         for part_below, largest, bins in self._map(part):

@@ -328,13 +328,15 @@ def _accumulate(values, threshold, lanes, period):  # type: ignore[no-untyped-de
 
 
 @_inline
-def _clear(lanes, width):  # type: ignore[no-untyped-def]
+def _clear(lanes, width, exact):  # type: ignore[no-untyped-def]
     everything, kept, everything_errors, kept_errors = lanes
     for i in range(width):
         everything[i] = 0.0
         kept[i] = 0.0
-        everything_errors[i] = 0.0
-        kept_errors[i] = 0.0
+    if exact:
+        for i in range(width):
+            everything_errors[i] = 0.0
+            kept_errors[i] = 0.0
 
 
 @_inline
@@ -358,7 +360,7 @@ def _fold(sums, errors, start, width, exact):  # type: ignore[no-untyped-def]
         half = width // 2
         _add_lanes(sums, errors, start, start + width - half, half, exact)
         width -= half
-    return sums[start] + errors[start]
+    return sums[start] + errors[start] if exact else sums[start]
 
 
 @_inline
@@ -415,15 +417,15 @@ def _write(source, target, memory_format, threshold, hard, scales, buffers):  # 
 def _apply_rows(source, target, memory_format, threshold, hard, rescale, size, buffers, lanes, scales):  # type: ignore[no-untyped-def]
     """Channels of ``size`` elements each, one after the other."""
     scales[0] = 1
-    width = min(LANES, size)
+    exact = source.itemsize == 8
     for first in range(0, source.size, size):
         row = source[first : first + size]
         if rescale:
-            _clear(lanes, width)
+            _clear(lanes, LANES, exact)
             for start in range(0, size, BLOCK):
                 values = _load_values(row[start : start + BLOCK], memory_format, buffers[0])
                 _accumulate(values, threshold, lanes, LANES)
-            scales[0] = _scale(lanes, 0, width, size, row.itemsize == 8)
+            scales[0] = _scale(lanes, 0, LANES, size, exact)
         _write(row, target[first : first + size], memory_format, threshold, hard, scales, buffers)
 
 
