@@ -16,7 +16,10 @@ def as_number(value: Any, function: str, argument: str) -> float:
         value = value[()]
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.floating)):
         raise TypeError(f"{function}: {argument} must be a real number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{function}: {argument} must be a real number of ordinary size, got {value!r}") from None
 
 
 def as_sparsity(value: Any, function: str, argument: str = "sparsity") -> float:
@@ -39,7 +42,7 @@ def as_weights(value: Any, function: str, argument: str) -> np.ndarray:
     """``value`` as a NumPy array of a supported dtype; NumPy's scalars are 0-d arrays."""
     if isinstance(value, np.generic):
         value = np.asarray(value)
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"{function}: {argument} must be a NumPy array, got {kind}; convert it first")
     if value.dtype.newbyteorder("=").name not in MEMORY_FORMATS:
@@ -71,11 +74,9 @@ def as_channel_axes(value: int | Sequence[int], ndim: int, function: str) -> tup
 
 def describe_non_finite(array: np.ndarray, function: str, argument: str) -> str:
     """Message that names the first NaN or infinity of ``array`` and where it stands."""
-    for index, value in np.ndenumerate(array):
-        if not math.isfinite(value):
-            place = f" at index {tuple(int(i) for i in index)}" if array.ndim else ""
-            return (
-                f"{function}: {argument} must be finite, got {float(value)}{place}; "
-                "find out where training diverged, or exclude this tensor"
-            )
-    return f"{function}: {argument} must be finite"
+    index = np.unravel_index(int(np.argmin(np.isfinite(array))), array.shape)
+    place = f" at index {tuple(int(i) for i in index)}" if array.ndim else ""
+    return (
+        f"{function}: {argument} must be finite, got {float(array[index])}{place}; "
+        "find out where training diverged, or exclude this tensor"
+    )

@@ -65,7 +65,8 @@ def tensor_threshold(dtype: np.dtype[Any], unit: float, e1: float, e2: float, va
         return float(magnitude(weight, unit))
 
     threshold = value * float(compute_dtype(dtype).type(unit))
-    rounded = np.asarray(threshold, np.float64).astype(dtype)[()]
+    with np.errstate(over="ignore"):  # to infinity, which the loop brings back
+        rounded = np.asarray(threshold, np.float64).astype(dtype)[()]
     while score(rounded) > e1 and (score(rounded) >= e2 or e1 == e2):
         rounded = np.nextafter(rounded, dtype.type(0))
         threshold = float(rounded)

@@ -5,7 +5,7 @@ import operator
 from dataclasses import KW_ONLY, dataclass
 from typing import SupportsIndex
 
-from st3core._validation import as_sparsity
+from st3core._validation import as_number, as_sparsity
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ class PolynomialSchedule:
 
     def __post_init__(self) -> None:
         name = "PolynomialSchedule"
-        as_sparsity(self.target_sparsity, name, "target_sparsity")
-        as_sparsity(self.initial_sparsity, name, "initial_sparsity")
+        for share in ("target_sparsity", "initial_sparsity"):
+            # Plain numbers, so that every format of checkpoints takes them.
+            object.__setattr__(self, share, as_sparsity(getattr(self, share), name, share))
         for field, least in (("begin_step", 0), ("end_step", 0), ("update_frequency", 1)):
             value = _as_integer(getattr(self, field), field)
+            object.__setattr__(self, field, value)
             if value < least:
                 raise ValueError(f"{name}: {field} must be at least {least}, got {value}")
         if self.end_step < self.begin_step:
@@ -60,8 +62,7 @@ class PolynomialSchedule:
                 f"{name}: end_step must not come before begin_step, "
                 f"got end_step={self.end_step} and begin_step={self.begin_step}"
             )
-        if isinstance(self.power, bool) or not isinstance(self.power, (int, float)):
-            raise TypeError(f"{name}: power must be a number, got {self.power!r}")
+        object.__setattr__(self, "power", as_number(self.power, name, "power"))
         if not (math.isfinite(self.power) and self.power > 0):
             raise ValueError(f"{name}: power must be positive and finite, got {self.power}")
         if self.initial_sparsity > self.target_sparsity:

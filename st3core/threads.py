@@ -7,7 +7,7 @@ either integers that are added up or channels that one thread treats from beginn
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 
 
 def thread_count() -> int:
-    """Threads that a call may use: Numba's setting, which ``NUMBA_NUM_THREADS`` overrides."""
+    """Threads that a call may use: one for each core, or ``NUMBA_NUM_THREADS``."""
     return int(config.NUMBA_NUM_THREADS)
 
 
@@ -50,8 +50,20 @@ def run(function: Callable[..., T], parts: Sequence[tuple[Any, ...]]) -> list[T]
     try:
         first = function(*parts[0])
     finally:
-        results = [future.result() for future in pending]
-    return [first, *results]
+        _wait(pending)
+    return [first, *(future.result() for future in pending)]
+
+
+def _wait(pending: Sequence[Future[Any]]) -> None:
+    """Wait in any case: kernels know addresses only, whose owners may be gone after the call has returned."""
+    interrupted: KeyboardInterrupt | None = None
+    while not all(future.done() for future in pending):
+        try:
+            wait(pending)
+        except KeyboardInterrupt as interrupt:
+            interrupted = interrupt
+    if interrupted is not None:
+        raise interrupted
 
 
 def deal(rows: int, elements: int) -> list[slice]:

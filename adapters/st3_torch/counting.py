@@ -42,7 +42,7 @@ class TensorCounter:
         """
         below, hits = zip(*self._look(low, high), strict=True)
         inside = sum(keys.numel() for keys in hits)
-        return sum(below), inside, torch.cat(hits).cpu().numpy() if inside <= capacity else None
+        return sum(below), inside, torch.cat([keys.cpu() for keys in hits]).numpy() if inside <= capacity else None
 
     def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]:
         """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys.

@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from st3_torch.memory import NUMPY_DTYPES
+
 Rule = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A layer's or parameter's name or glob pattern, a module type, or ``predicate(name, module)``."""
 
@@ -74,11 +76,21 @@ def find_kernels(
         for rule in rules:
             if isinstance(rule, str) and not any(_matches(rule, *candidate) for candidate in candidates):
                 known = ", ".join(name for name, _ in candidates) or "none"
-                raise ValueError(f"Sparsifier: {argument} has {rule!r}, which matches no kernel of the model ({known})")
+                raise ValueError(
+                    f"Sparsifier: {argument} has {rule!r}, which matches no kernel of the model ({known}); "
+                    "what does not train, is parametrized otherwise or tied to an embedding does not count"
+                )
     for name, module in candidates:
         wanted = include is None or any(_matches(rule, name, module) for rule in included)
-        if wanted and not any(_matches(rule, name, module) for rule in excluded):
-            first = names.setdefault(id(module.weight), name)
+        chosen = wanted and not any(_matches(rule, name, module) for rule in excluded)
+        first = names.setdefault(id(module.weight), name)
+        if first != name and chosen != (first in kernels):
+            raise ValueError(
+                f"Sparsifier: include and exclude must treat {first} and {name} alike, because they are one tensor, "
+                f"got include={include!r}, exclude={exclude!r}"
+            )
+        if chosen:
+            _check_dtype(name, module.weight)
             kernels.setdefault(first, []).append(Site(module, "weight"))
     if not kernels:
         raise ValueError(
@@ -106,12 +118,18 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{path}.weight".removeprefix("."), module
 
 
+def _check_dtype(name: str, weight: object) -> None:
+    if isinstance(weight, torch.Tensor) and weight.dtype not in NUMPY_DTYPES:
+        supported = ", ".join(str(dtype) for dtype in NUMPY_DTYPES)
+        raise TypeError(f"Sparsifier: {name} must be of one of {supported}, got {weight.dtype}; exclude it")
+
+
 def _as_rules(rules: Sequence[Rule] | Rule | None, argument: str) -> list[Rule]:
     if rules is None:
         return []
-    listed = [rules] if isinstance(rules, str) or callable(rules) else list(rules)
+    listed: list[Rule] = list(rules) if isinstance(rules, (list, tuple, set)) else [rules]  # type: ignore[list-item]
     for rule in listed:
-        if not (isinstance(rule, str) or callable(rule)):
+        if isinstance(rule, nn.Module) or not (isinstance(rule, str) or callable(rule)):
             raise TypeError(
                 f"Sparsifier: {argument} takes names, glob patterns, module types and predicates, got {rule!r}"
             )

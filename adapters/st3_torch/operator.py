@@ -66,26 +66,18 @@ class _ForwardWeight(torch.autograd.Function):
 
 
 class AllForwardWeights(torch.autograd.Function):
-    """The same rule for all weights of a model at once, whose forward weights have been computed."""
+    """The straight-through rule for all weights of a model at once, whose forward weights have been computed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, method: Method, limits: Sequence[torch.Tensor], computed: Sequence[torch.Tensor], *raw: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, computed: Sequence[torch.Tensor], *raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Forward weights as part of the graph."""
-        ctx.method, ctx.limits = method, limits
         ctx.set_materialize_grads(False)
-        if method.backward == "masked":
-            ctx.save_for_backward(*raw)
         return tuple(weight.detach() for weight in computed)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the raw weights."""
-        if ctx.method.backward == "masked":
-            masked = zip(grads, ctx.saved_tensors, ctx.limits, strict=True)
-            grads = tuple(None if g is None else _masked(g, w, limit) for g, w, limit in masked)
-        return None, None, None, *grads
+        return None, *grads
 
 
 def _masked(grad: torch.Tensor, weight: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -110,7 +102,8 @@ def forward_with_torch(
     result = torch.where(kept, values, 0) if method.operator == "hard" else values - values.clamp(-limit, limit)
     if method.rescale == "channel":
         axes = [axis for axis in range(values.ndim) if axis not in layout.channel_axes]
-        magnitudes = values.abs().double()
+        # One kind of accelerator has no float64.
+        magnitudes = values.abs().to(torch.float32 if values.device.type == "mps" else torch.float64)
         everything = _mean(magnitudes, axes)
         left = _mean(torch.where(kept, magnitudes, 0), axes)
         ratio = (left + RESCALE_EPSILON) / (everything + RESCALE_EPSILON)

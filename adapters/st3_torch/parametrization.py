@@ -1,6 +1,7 @@
 """The parametrization that stands between a raw weight and the layer that uses it."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -28,8 +29,16 @@ class SparseWeight(nn.Module):
         super().__init__()
         self.method, self.layout = method, layout
         compute = torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
-        self.register_buffer("threshold", torch.zeros((), dtype=compute, device=weight.device), persistent=False)
-        self.register_buffer("mask", None, persistent=False)
+        with torch.inference_mode(False):  # training may come later
+            zero = torch.zeros((), dtype=compute, device=weight.device)
+        self.register_buffer("threshold", zero, persistent=False)
+        self.mask = None  # no buffer: averaged copies of a model match buffers by their number
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SparseWeight":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mask is not None:
+            self.mask = fn(self.mask)
+        return self
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Forward weight of the raw weight."""
@@ -65,7 +74,10 @@ def detach(site: Site, order: list[str]) -> None:
     parametrize.remove_parametrizations(site.module, site.tensor_name, leave_parametrized=False)
     parameters = site.module._parameters
     for name in order:
-        parameters[name] = parameters.pop(name)
+        if name in parameters:
+            parameters[name] = parameters.pop(name)
+    if parametrize.is_parametrized(site.module):
+        _make_plain(site.module)
 
 
 # PyTorch gives a parametrized module a class of its own, which pickle cannot find and which copies
@@ -74,11 +86,31 @@ def detach(site: Site, order: list[str]) -> None:
 
 def _make_copyable(module: nn.Module) -> None:
     injected: Any = type(module)
-    injected.__reduce_ex__ = _reduce
-    injected.__deepcopy__ = _deepcopy
-    lists: Any = module._modules["parametrizations"]
-    for name in lists:
+    if "_plain_deepcopy" not in vars(injected):
+        injected._plain_deepcopy = injected.__deepcopy__
+        injected.__reduce_ex__ = _reduce
+        injected.__deepcopy__ = _deepcopy
+    for name in _our_tensors(module):
         setattr(injected, name, _with_shortcut(name, vars(injected)[name]))
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Undo :func:`_make_copyable` on a class that stays, because other tensors of the module are parametrized."""
+    injected: Any = type(module)
+    if "_plain_deepcopy" in vars(injected) and not _our_tensors(module):
+        injected.__deepcopy__ = injected._plain_deepcopy
+        del injected._plain_deepcopy, injected.__reduce_ex__
+
+
+def _our_tensors(module: nn.Module) -> list[str]:
+    """Tensors of the module with our parametrization and no other."""
+    lists: Any = module._modules["parametrizations"]
+    return [name for name, items in lists.items() if len(items) == 1 and isinstance(items[0], SparseWeight)]
+
+
+def _only_ours(module: nn.Module) -> bool:
+    lists: Any = module._modules["parametrizations"]
+    return len(_our_tensors(module)) == len(lists)
 
 
 # While a model runs, all its forward weights are there already, computed in one go.
@@ -100,7 +132,10 @@ def _with_shortcut(tensor_name: str, computing: property) -> property:
 
 
 def set_ready(site: Site, weight: torch.Tensor) -> None:
-    """Let the module use this forward weight until :func:`clear_ready`."""
+    """Let the module use this forward weight until :func:`clear_ready`, if it is what the tensor is made of."""
+    lists: Any = site.module._modules["parametrizations"]
+    if len(lists._modules[site.tensor_name]._modules) > 1:  # somebody has put another parametrization on top
+        return
     site.module.__dict__[_key(site.tensor_name)] = weight
 
 
@@ -132,7 +167,9 @@ def _new(module_type: type[nn.Module]) -> nn.Module:
     return module_type.__new__(module_type)
 
 
-def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+def _reduce(self: nn.Module, protocol: int) -> Any:
+    if not _only_ours(self):
+        return object.__reduce_ex__(self, protocol)  # PyTorch refuses it
     base = parametrize.type_before_parametrizations(self)
     return _new, (base,), _state(self), None, None, _restore
 
@@ -141,6 +178,9 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(self) in memo:
         known: nn.Module = memo[id(self)]
         return known
+    if not _only_ours(self):
+        plain: Any = type(self)
+        return cast(nn.Module, plain._plain_deepcopy(self, memo))
     replica = _new(parametrize.type_before_parametrizations(self))
     memo[id(self)] = replica
     _restore(replica, copy.deepcopy(_state(self), memo))

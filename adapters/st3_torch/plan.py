@@ -1,5 +1,6 @@
 """All of a model's CPU weights at once: one call to find the threshold, one to apply it."""
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,7 @@ class Plan:
         forecast: Forecast,
     ) -> None:
         self._method, self._forecast = method, forecast
+        self._tensors = [weakref.ref(weight) for weight in raw]
         self._addresses = [weight.data_ptr() for weight in raw]
         self._kinds = [(weight.dtype, weight.shape, weight.stride()) for weight in raw]
         arrays = [as_array(weight.detach()) for weight in raw]
@@ -54,11 +56,15 @@ class Plan:
         self._units = tensor_units([array.shape for array in arrays], self._dtypes, method)
         self._counter = ArrayCounter(arrays, self._units, names)
         self._computed: tuple[list[int], bytes] | None = None
-        self.forward = [torch.empty_like(weight) for weight in raw]
+        with torch.inference_mode(False):  # training may come later
+            self.forward = [torch.empty_like(weight) for weight in raw]
         self._tables = _tables(raw, self.forward, layouts)
 
     def fits(self, raw: Sequence[torch.Tensor]) -> bool:
-        """Whether the weights are still where they were, and of the same kind."""
+        """Whether these are the tensors that the plan was made for, where they were, and of the same kind."""
+        # An address alone may be that of another tensor by now.
+        if any(known() is not weight for known, weight in zip(self._tensors, raw, strict=True)):
+            return False
         if self._addresses != [weight.data_ptr() for weight in raw]:
             return False
         return all(k == (w.dtype, w.shape, w.stride()) for k, w in zip(self._kinds, raw, strict=True))
@@ -71,7 +77,8 @@ class Plan:
         """Write the forward weight of every raw weight into :attr:`forward`."""
         source = [weight._version for weight in raw], thresholds.tobytes()
         if source != self._computed:  # a graph that still needs the old ones must notice
-            torch.autograd.graph.increment_version(self.forward)
+            for weight in self.forward:
+                torch.autograd.graph.increment_version(weight)
             self._computed = source
         for name, units in self._tables.items():
             apply_units(units, thresholds, MEMORY_FORMATS[name], self._method)

@@ -19,6 +19,7 @@ from st3_torch.memory import on_cpu as _on_cpu
 from st3_torch.operator import AllForwardWeights
 from st3_torch.parametrization import SparseWeight, attach, clear_ready, detach, raw_parameter, set_ready
 from st3_torch.plan import Plan, can_plan
+from st3_torch.state import check_state
 from st3core import PolynomialSchedule
 from st3core.method import Method, get_method
 from st3core.report import LayerReport, Report
@@ -116,6 +117,7 @@ class Sparsifier:
         first = _find_thresholds(weights, schedule(0), self.method)
         self._step = 0
         self._frozen = self._finalized = False
+        self._applied_sparsity = self.schedule(0)
         self._kernels = [_attach(name, sites, self.method) for name, sites in kernels.items()]
         self._plan: Plan | None = None
         self._forecast = Forecast()
@@ -136,6 +138,7 @@ class Sparsifier:
         step = self._step + 1
         if not self._frozen and self.schedule.is_update_step(step):
             self._set_thresholds(self._find_thresholds(self.schedule(step)))
+            self._applied_sparsity = self.schedule(step)
         self._step = step
 
     @property
@@ -171,7 +174,8 @@ class Sparsifier:
         macs = _multiply_adds(self.model, inputs) if inputs else {}
         layers = []
         for kernel in self._kernels:
-            dense = sum(macs.get(id(site.module), 0) for site in kernel.sites) if inputs else None
+            counts = [macs.get(id(site.module)) for site in kernel.sites]
+            dense = None if None in counts else sum(count for count in counts if count is not None)
             layers.append(LayerReport(kernel.name, tuple(kernel.raw.shape), kernel.zeros(), dense))
         return Report(self.method.name, self.target_sparsity, tuple(layers))
 
@@ -184,6 +188,7 @@ class Sparsifier:
         self._require_open("freeze")
         if self._frozen:
             return
+        self._warn_if_early("freeze")
         for kernel in self._kernels:
             weight = kernel.effective()
             with torch.no_grad():
@@ -201,12 +206,8 @@ class Sparsifier:
             RuntimeError: the model has been finalized already.
         """
         self._require_open("finalize")
-        if not self._frozen and self._step < self.schedule.end_step:
-            warnings.warn(
-                f"finalize: the schedule ends at step {self.schedule.end_step}, but only {self._step} were made; "
-                f"the target sparsity so far is {self.target_sparsity:.4g}",
-                stacklevel=2,
-            )
+        if not self._frozen:
+            self._warn_if_early("finalize")
         for kernel in self._kernels:
             weight, raw = kernel.effective(), kernel.raw
             for site, order in zip(kernel.sites, kernel.orders, strict=True):
@@ -225,6 +226,8 @@ class Sparsifier:
             "step": self._step,
             "method": asdict(self.method),
             "schedule": _schedule_state(self.schedule),
+            "applied_sparsity": self._applied_sparsity,
+            "shapes": {kernel.name: list(kernel.raw.shape) for kernel in self._kernels},
             "thresholds": self.thresholds,
             "masks": {name: mask.clone() for name, mask in masks.items() if mask is not None},
         }
@@ -238,14 +241,22 @@ class Sparsifier:
             RuntimeError: the model has been finalized.
         """
         self._require_open("load_state_dict")
-        own = self.state_dict()
-        _check_state(own, state)
-        self._step = int(state["step"])
+        check_state(self.state_dict(), state)
+        self._step, self._applied_sparsity = state["step"], state["applied_sparsity"]
         self._set_thresholds(np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64))
         self._frozen = bool(state["masks"])
         for kernel in self._kernels:
             mask = state["masks"].get(kernel.name)
             kernel.parametrization.mask = None if mask is None else mask.to(kernel.raw.device).clone()
+
+    def _warn_if_early(self, member: str) -> None:
+        if self._applied_sparsity < self.schedule.target_sparsity:
+            warnings.warn(
+                f"Sparsifier.{member}: the schedule ends at step {self.schedule.end_step}, but only {self._step} steps "
+                f"were made; the last threshold is for a sparsity of {self._applied_sparsity:.4g} instead of "
+                f"{self.schedule.target_sparsity:.4g}",
+                stacklevel=3,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # addresses; a copy has others
@@ -278,24 +289,28 @@ class Sparsifier:
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
         """Compute the forward weights of all layers at once, before the model runs."""
-        if torch.compiler.is_compiling() or self._frozen or torch._C._are_functorch_transforms_active():
+        if self.method.backward == "masked" or self._frozen or torch.compiler.is_compiling():
+            return
+        if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
             return
         raw: list[torch.Tensor] = [kernel.raw for kernel in self._kernels]
         plan = self._fitting_plan(raw)
         if plan is None:
             return
-        plan.compute_forward(raw, self._thresholds)
+        # From the buffers: they are what copies of a model keep up to date.
+        plan.compute_forward(raw, np.array([float(kernel.parametrization.threshold) for kernel in self._kernels]))
         ready: Sequence[torch.Tensor] = plan.forward
         if torch.is_grad_enabled():
-            limits = [kernel.parametrization.threshold for kernel in self._kernels]
-            ready = AllForwardWeights.apply(self.method, limits, plan.forward, *raw)  # type: ignore[no-untyped-call]
+            ready = AllForwardWeights.apply(plan.forward, *raw)  # type: ignore[no-untyped-call]
         for kernel, weight in zip(self._kernels, ready, strict=True):
             for site in kernel.sites:
                 set_ready(site, weight)
 
     def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling():
+            self._clear_ready()
+
+    def _clear_ready(self) -> None:
         for kernel in self._kernels:
             for site in kernel.sites:
                 clear_ready(site)
@@ -303,6 +318,7 @@ class Sparsifier:
     def _require_open(self, member: str) -> None:
         if self._finalized:
             raise RuntimeError(f"Sparsifier.{member}: the model has been finalized; create a new Sparsifier")
+        self._clear_ready()  # an interrupted forward pass may have left them
 
 
 def _attach(name: str, sites: list[Site], method: Method) -> _Kernel:
@@ -333,37 +349,22 @@ def _multiply_adds(model: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[int
     """Multiply-adds of every module by its id."""
     counter = FlopCounterMode(display=False)
     training = {module: module.training for module in model.modules()}
+    shortcut = torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)  # its operations are not counted
     try:
-        with torch.no_grad(), counter:
+        with torch.inference_mode(False), torch.no_grad(), counter:
             model(*inputs)
     finally:
+        torch.backends.mha.set_fastpath_enabled(shortcut)
         for module, mode in training.items():
             module.training = mode
     root = type(model).__name__
     counts = counter.get_flop_counts()
     paths = {f"{root}.{path}" if path else root: module for path, module in model.named_modules()}
-    return {id(module): sum(counts.get(path, {}).values()) // 2 for path, module in paths.items()}
+    return {id(module): sum(counts[path].values()) // 2 for path, module in paths.items() if path in counts}
 
 
 def _schedule_state(schedule: PolynomialSchedule) -> dict[str, float]:
     fields = ("target_sparsity", "begin_step", "end_step", "power", "update_frequency", "initial_sparsity")
     return {field: getattr(schedule, field) for field in fields}
-
-
-def _check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
-    missing = sorted(set(own) - set(state))
-    if missing:
-        raise ValueError(f"Sparsifier.load_state_dict: state lacks {missing}, got keys {sorted(state)}")
-    for part in ("method", "schedule"):
-        for field, value in own[part].items():
-            other = state[part].get(field)
-            if other != value and not (part == "method" and field == "name"):
-                raise ValueError(
-                    f"Sparsifier.load_state_dict: state has {part}.{field}={other!r}, but this Sparsifier has {value!r}"
-                )
-    differing = sorted(set(own["thresholds"]) ^ set(state["thresholds"]))
-    if differing:
-        raise ValueError(
-            f"Sparsifier.load_state_dict: state belongs to another model; kernels in only one of them: {differing}"
-        )

@@ -36,6 +36,112 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def seen_by_the_layer(model, images):
+    seen = []
+    hook = model[6].register_forward_pre_hook(lambda module, inputs: seen.append(module.weight.detach().clone()))
+    model(images)
+    hook.remove()
+    return seen[0]
+
+
+def test_an_averaged_copy_has_the_thresholds_of_its_buffers():
+    model = small_net()
+    sp = Sparsifier(model, ramp(0.9, end=3))
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        sp.step()
+        average.update_parameters(model)
+    assert torch.equal(seen_by_the_layer(average.module, batch()[0]), average.module[6].weight)
+    assert (average.module[6].weight == 0).any()
+    sp.freeze()
+    average.update_parameters(model)
+
+
+def test_tensors_at_an_address_that_was_used_before():
+    model, _ = sparse_net()
+    model.eval()
+    images = batch()[0].requires_grad_()
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loss(factor):
+        scaled = {name: p * factor for name, p in base.items()}
+        return torch.func.functional_call(model, scaled, images).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(1.0), images)
+    first = loss(1.0)
+    loss(3.0)
+    try:
+        (found,) = torch.autograd.grad(first, images)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+    else:
+        assert torch.equal(found, expected)
+
+
+def test_an_interrupted_forward_pass_leaves_nothing_behind():
+    class Interrupted(nn.Module):
+        def forward(self, inputs):
+            raise KeyboardInterrupt
+
+    model, sp = sparse_net()
+    model.append(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        model(batch()[0])
+    with torch.no_grad():
+        for name in ("0", "3", "6"):
+            dict(model.named_modules())[name].parametrizations.weight.original.fill_(0.5)
+    sp.step()
+    assert torch.equal(sp.finalize()[6].weight, torch.zeros(3, 150))  # all tie at the threshold
+
+
+def test_another_parametrization_on_top():
+    model, _ = sparse_net()
+    model.eval()
+    nn.utils.parametrizations.spectral_norm(model[6], "weight").eval()
+    assert torch.equal(seen_by_the_layer(model, batch()[0]), model[6].weight)
+
+
+def test_training_after_validation_in_inference_mode():
+    model, _ = sparse_net()
+    with torch.inference_mode():
+        model(batch()[0])
+    model(batch()[0]).sum().backward()
+    with torch.inference_mode():
+        other = small_net().eval()
+    assert other[0].weight.is_inference()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_heads_with_a_backward_each(method):
+    model = nn.ModuleDict({"actor": nn.Linear(4, 2), "critic": nn.Linear(4, 1)})
+    model.forward = lambda inputs: (model["actor"](inputs), model["critic"](inputs))
+    sp = Sparsifier(model, ramp(0.5, end=0), method)
+    sp.step()
+    actor, critic = model(torch.ones(3, 4))
+    actor.sum().backward()
+    critic.sum().backward()
+    assert len(grads(model)) == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_a_part(method):
+    model, _ = sparse_net(method)
+    outer = nn.Sequential(model[:3], model[3:])
+    outer.forward = lambda images: checkpoint(outer[1], outer[0](images), use_reentrant=False)
+    outer.eval()(batch()[0]).sum().backward()
+    assert grads(outer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracing_takes_the_layers_own_way():
+    model, _ = sparse_net()
+    taken = []
+    model[6].register_forward_pre_hook(lambda module, inputs: taken.append("_forward_weight" in vars(module)))
+    with torch.no_grad():
+        torch.jit.trace(model.eval(), batch()[0], check_trace=False)
+    assert not any(taken)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_outputs_and_gradients_are_those_of_single_layers(method, monkeypatch):
     model, _ = sparse_net(method)

@@ -2,8 +2,10 @@ import copy
 import gc
 import io
 import pickle
+import resource
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +94,52 @@ def test_kernels_tied_to_an_embedding_stay_dense():
     assert list(Sparsifier(model, ramp()).thresholds) == ["1.weight"]
 
 
+def test_tied_kernels_are_selected_together():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    for options in ({"include": "0"}, {"exclude": "0"}, {"exclude": "1"}):
+        with pytest.raises(ValueError, match=r"must treat 0.weight and 1.weight alike, because they are one tensor"):
+            Sparsifier(model, ramp(), **options)
+
+
+def test_dtypes_that_cannot_be_sparsified():
+    with pytest.raises(TypeError, match=r"0.weight must be of one of torch.float16, .*got torch.complex64; exclude it"):
+        Sparsifier(nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64)), ramp())
+
+
+def test_state_is_plain_numbers():
+    schedule = st3core.PolynomialSchedule(
+        np.float32(0.5), begin_step=np.int64(0), end_step=np.int32(5), power=np.float32(3)
+    )
+    file = io.BytesIO()
+    torch.save(Sparsifier(small_net(), schedule).state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["schedule"]["end_step"] == 5
+
+
+def test_other_parametrizations_of_the_same_module_survive():
+    model = nn.Linear(4, 4)
+    model.extra = nn.Parameter(torch.randn(4, 4))
+    nn.utils.parametrizations.orthogonal(model, "extra")
+    sp = Sparsifier(model, ramp(0.5, end=0))
+    sp.step()
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied.extra, model.extra)
+    assert torch.equal(copied.weight, model.weight)
+    sp.finalize()
+    assert list(model.parametrizations) == ["extra"]
+    assert not hasattr(type(model), "_plain_deepcopy")
+    assert torch.equal(copy.deepcopy(model).extra, model.extra)
+
+
+def test_multiply_adds_that_were_not_counted_are_unknown():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sp = Sparsifier(model, ramp(0.5, end=0))
+    model.forward = lambda inputs: model[0](inputs)
+    assert [layer.dense_macs for layer in sp.report(torch.ones(1, 4)).layers] == [16, None]
+    assert sp.report(torch.ones(1, 4)).dense_macs is None
+
+
 def test_before_the_ramp_training_is_dense():
     model, dense = small_net(), small_net()
     sp = Sparsifier(model, st3core.PolynomialSchedule(0.9, begin_step=5, end_step=9))
@@ -177,7 +225,22 @@ def test_finalize_leaves_an_ordinary_model():
 
 def test_finalize_early_warns():
     sp = Sparsifier(small_net(), ramp(0.9, end=5))
-    with pytest.warns(UserWarning, match="the schedule ends at step 5, but only 0 were made"):
+    with pytest.warns(UserWarning, match=r"Sparsifier.finalize: the schedule ends at step 5, but only 0 steps were"):
+        sp.finalize()
+
+
+def test_freeze_early_warns():
+    sp = Sparsifier(small_net(), ramp(0.9, end=5))
+    sp.step()
+    with pytest.warns(UserWarning, match=r"Sparsifier.freeze: .* for a sparsity of 0.4392 instead of 0.9"):
+        sp.freeze()
+
+
+def test_a_target_that_was_never_applied_warns():
+    sp = Sparsifier(small_net(), ramp(0.9, end=5, update_frequency=10))
+    for _ in range(6):
+        sp.step()
+    with pytest.warns(UserWarning, match="the last threshold is for a sparsity of 0 instead of 0.9"):
         sp.finalize()
 
 
@@ -201,6 +264,7 @@ def test_freeze_keeps_the_zeros(optimizer_type):
     before = model.eval()(images)
     sp.freeze()
     assert torch.equal(model(images), before)
+    assert sp.sparsity == sum(int((m.weight == 0).sum()) for m in (model[0], model[3], model[6])) / sp.report().weights
     model.train()
     zeros = {name: m.weight == 0 for name, m in model.named_modules() if parametrize.is_parametrized(m)}
     values = model[6].weight.detach().clone()
@@ -259,7 +323,7 @@ def test_state_dict_resumes_bit_for_bit(frozen):
         return model, sgd(model), Sparsifier(model, ramp(0.9, end=8))
 
     model, optimizer, sp = start(0)
-    for step in range(6):
+    for step in range(8):
         train_step(model, optimizer, sp, step)
     if frozen:
         sp.freeze()
@@ -271,7 +335,7 @@ def test_state_dict_resumes_bit_for_bit(frozen):
     resumed.load_state_dict(state["model"])
     its_optimizer.load_state_dict(state["optimizer"])
     its_sp.load_state_dict(state["sparsifier"])
-    for step in range(6, 12):
+    for step in range(8, 14):
         assert train_step(model, optimizer, sp, step) == train_step(resumed, its_optimizer, its_sp, step)
     assert sp.thresholds == its_sp.thresholds
     assert equal(bits(sp.finalize()), bits(its_sp.finalize()))
@@ -279,13 +343,31 @@ def test_state_dict_resumes_bit_for_bit(frozen):
 
 def other_states():
     base = Sparsifier(small_net(), ramp(0.9, end=8)).state_dict()
-    yield "lacks \\['step'\\]", {key: value for key, value in base.items() if key != "step"}
+    yield (
+        "must have the entries .*'step'.*, got \\['applied",
+        {key: value for key, value in base.items() if key != "step"},
+    )
     yield (
         "method.operator='hard', but this Sparsifier has 'soft'",
         {**base, "method": {**base["method"], "operator": "hard"}},
     )
     yield "schedule.end_step=9, but this Sparsifier has 8", {**base, "schedule": {**base["schedule"], "end_step": 9}}
     yield "only one of them: \\['0.weight', 'x'\\]", {**base, "thresholds": {"x": 0.5, "3.weight": 0, "6.weight": 0}}
+    yield "must have the entries .*, got None", None
+    yield "must have a dictionary in 'masks', got None", {**base, "masks": None}
+    yield "must have a step of 0 or more, got -5", {**base, "step": -5}
+    yield "must have an applied_sparsity in \\[0, 1\\), got 2.0", {**base, "applied_sparsity": 2.0}
+    shapes, thresholds = base["shapes"], base["thresholds"]
+    yield (
+        "has 6.weight of shape \\[4, 4\\], but the model has \\[3, 150\\]",
+        {**base, "shapes": {**shapes, "6.weight": [4, 4]}},
+    )
+    for bad in ("x", -0.2, float("nan")):
+        yield "must have a threshold of 0 or more for 6.weight", {**base, "thresholds": {**thresholds, "6.weight": bad}}
+    mask = torch.ones(3, 150, dtype=torch.bool)
+    yield "must have a mask for every kernel or none, got \\['6.weight'\\]", {**base, "masks": {"6.weight": mask}}
+    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    yield "must have a bool mask of shape \\[3, 150\\] for 6.weight", {**base, "masks": {**masks, "6.weight": mask[:1]}}
 
 
 @pytest.mark.parametrize(("message", "state"), list(other_states()))
@@ -346,6 +428,8 @@ def test_selection(options, names):
             ValueError,
             "no linear or convolution kernel that include and exclude leave, got Sequential",
         ),
+        ({"exclude": 3}, TypeError, "exclude takes names, glob patterns, module types and predicates, got 3"),
+        ({"exclude": [nn.Linear(2, 2)]}, TypeError, "exclude takes names, .*, got Linear"),
         ({"include": [3]}, TypeError, "include takes names, glob patterns, module types and predicates, got 3"),
         ({"method": "st4"}, ValueError, "method must be one of .*, got 'st4'"),
     ],
@@ -412,7 +496,9 @@ def test_report():
     assert report.sparsity == sp.sparsity
     assert f"{100 * sp.sparsity:.2f} %" in str(report)
     assert sp.report().dense_macs is None
-    assert model.training
+    model[1].eval()
+    sp.report(images)
+    assert [m.training for m in (model, model[0], model[1])] == [True, True, False]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -433,6 +519,27 @@ def test_a_thousand_steps_do_not_grow_memory(method):
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert after - before < 20_000  # twenty bytes a step: less than any object
+
+
+def test_a_thousand_training_steps_do_not_grow_the_process():
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("needs a system that tells the size of a process in /proc")
+
+    def resident():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
+    sp = Sparsifier(model, ramp(0.9, end=50))
+    inputs = torch.ones(2, 64)
+    for step in range(1200):
+        model(inputs).sum().backward()
+        sp.step()
+        if step == 200:
+            gc.collect()
+            before = resident()
+    gc.collect()
+    assert resident() - before < 4_000_000  # a forward weight that stays behind at each step makes 17 MB
 
 
 def test_compiled_kernels_and_torch_operations_train_alike(monkeypatch):

@@ -99,9 +99,9 @@ def test_steps_may_be_numpy_integers():
         ({"begin_step": 9, "end_step": 8}, ValueError, "end_step must not come before begin_step, got end_step=8"),
         ({"update_frequency": 0}, ValueError, "update_frequency must be at least 1, got 0"),
         ({"update_frequency": True}, TypeError, "update_frequency must be an integer, got True"),
-        ({"power": 0}, ValueError, "power must be positive and finite, got 0"),
+        ({"power": 0}, ValueError, "power must be positive and finite, got 0.0"),
         ({"power": math.inf}, ValueError, "power must be positive and finite, got inf"),
-        ({"power": "3"}, TypeError, "power must be a number, got '3'"),
+        ({"power": "3"}, TypeError, "power must be a real number, got '3'"),
     ],
 )
 def test_schedule_rejects(arguments, error, message):
