@@ -187,11 +187,12 @@ def test_two_forward_passes_before_one_backward():
 
 
 def test_a_graph_whose_weights_have_moved_on_is_refused():
-    model, sp = sparse_net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    late = model(batch(1)[0]).sum()
-    train_step(model, optimizer, sp)
-    model(batch(2)[0])
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    Sparsifier(model, ramp(0.5, end=0))
+    late = model(torch.ones(1, 4)).sum()
+    with torch.no_grad():
+        model[1].parametrizations.weight.original.mul_(2)
+    model(torch.ones(1, 4))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         late.backward()
 

@@ -175,6 +175,16 @@ def test_sample_is_spread_evenly():
     assert [counter.magnitude(key) for key in counter.sample(10)] == [5 + 10 * i for i in range(10)]
 
 
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.75, 0.99])
+def test_every_chunk_of_every_tensor_counts(sparsity, monkeypatch):
+    monkeypatch.setattr(memory, "CHUNK", 7)
+    monkeypatch.setattr(threads, "SERIAL_BELOW", 0)
+    arrays = [np.arange(1.0, 21.0), np.arange(100.0, 145.0), np.arange(30.0, 61.0)]
+    assert (
+        find_thresholds(arrays, sparsity).tolist() == reference.find_thresholds(arrays, sparsity, "magnitude").tolist()
+    )
+
+
 def test_find_thresholds_of_zero_sparsity_is_zero():
     assert find_thresholds([np.ones(3), np.ones((2, 2), np.float16)], 0.0).tolist() == [0.0, 0.0]
 
