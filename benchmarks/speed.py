@@ -6,6 +6,7 @@ machine cancels. Milliseconds are of this machine and this hour.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -17,12 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 import st3core
 from benchmarks.shapes import he_normal, resnet50
 from benchmarks.timing import interleaved, summary
+from st3core.counting import ArrayCounter
+from st3core.memory import MEMORY_FORMATS
+from st3core.operators import apply_units, unit_table
+from st3core.search import Forecast, count_thresholds
 from st3core.threads import run, thread_count
 
 Call = Callable[[], object]
@@ -50,7 +56,8 @@ def searches(weights: list[np.ndarray], sparsity: float) -> dict[str, Call]:
     return {
         "read all weights": lambda: in_parts(np.max, flat),
         "st3core.find_thresholds": lambda: st3core.find_thresholds(weights, sparsity),
-        "the same, st3_sigma": lambda: st3core.find_thresholds(weights, sparsity, "st3_sigma"),
+        "the same, from step to step": warm_search(weights, sparsity),
+        "find_thresholds, st3_sigma": lambda: st3core.find_thresholds(weights, sparsity, "st3_sigma"),
         "numpy.partition": lambda: np.partition(flat, rank),
         "numpy.quantile": lambda: np.quantile(flat, sparsity),
         "torch.kthvalue": lambda: torch.kthvalue(tensor, rank + 1),
@@ -59,22 +66,42 @@ def searches(weights: list[np.ndarray], sparsity: float) -> dict[str, Call]:
     }
 
 
+def warm_search(weights: list[np.ndarray], sparsity: float) -> Call:
+    """The search as training uses it: made ready once, with a forecast, under a sparsity that moves."""
+    dtypes, units = [w.dtype for w in weights], [1.0] * len(weights)
+    counter, forecast = ArrayCounter(weights, units, [""] * len(weights)), Forecast()
+    steps = itertools.count(1)
+
+    def search() -> NDArray[np.float64]:
+        moved = sparsity * (1 - 0.1 * (1 - min(next(steps) / 1000, 1)) ** 3)
+        return count_thresholds(counter, moved, units, dtypes, forecast)
+
+    return search
+
+
 def operators(weights: list[np.ndarray], sparsity: float) -> dict[str, Call]:
     """Ways to apply the threshold to every tensor, into memory that is there already."""
     thresholds = st3core.find_thresholds(weights, sparsity).tolist()
     outputs = [np.empty_like(w) for w in weights]
     plain = st3core.Method("soft, no rescale", rescale="none")
     pairs = list(zip(weights, thresholds, outputs, strict=True))
+    flat = np.concatenate([w.ravel() for w in weights])
+    copied, memory = np.empty_like(flat), MEMORY_FORMATS["float32"]
+    addresses = [(w.ctypes.data, o.ctypes.data) for w, _, o in pairs]
+    tables = [unit_table(a, 4, w.shape, (0,), i) for i, (a, w) in enumerate(zip(addresses, weights, strict=True))]
+    units, limits = np.concatenate(tables), np.array(thresholds)
 
     def apply(method: str | st3core.Method, check: bool) -> None:
         for weight, threshold, output in pairs:
             st3core.sparsify(weight, threshold, method, out=output, check_finite=check)
 
     return {
-        "copy all weights": lambda: [in_parts(np.copyto, o.ravel(), w.ravel()) for w, _, o in pairs],
+        "copy all weights": lambda: in_parts(np.copyto, copied, flat),
+        "all tensors in one call": lambda: apply_units(units, limits, memory, st3core.get_method("st3")),
+        "one call, no rescale": lambda: apply_units(units, limits, memory, plain),
         "st3core.sparsify": lambda: apply("st3", False),
         "the same, checked": lambda: apply("st3", True),
-        "without rescale": lambda: apply(plain, False),
+        "sparsify, no rescale": lambda: apply(plain, False),
         "torch, soft only": lambda: [torch.nn.functional.softshrink(torch.from_numpy(w), t) for w, t, _ in pairs],
     }
 
