@@ -116,8 +116,12 @@ class Report:
         Args:
             path: of the file to write; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
         """
-        from matplotlib.figure import Figure
-
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "plotting a report needs Matplotlib; install it with: pip install 'st3core[report]'"
+            ) from error
         figure = Figure(figsize=(7, 1.5 + 0.3 * len(self.layers)), layout="constrained")
         self.draw(figure.subplots())
         figure.savefig(path, dpi=150)
