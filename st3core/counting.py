@@ -109,7 +109,7 @@ class ArrayCounter:
 
     def successor(self, key: int) -> int:
         """Smallest key above ``key``, or the key of infinity."""
-        bounds = np.array([key, self.infinity], self.key_dtype)
+        bounds = np.array([key + 1, self.infinity], self.key_dtype)
         parts = self._map(lambda table, chunks: int(kernels.successor(*_arguments(table, chunks), bounds)))
         return min(parts, default=self.infinity)
 

@@ -16,6 +16,7 @@ import ctypes
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, config, njit, types
 from numba.extending import intrinsic
 
@@ -28,9 +29,13 @@ BLOCK = 1024
 """Elements that are converted and examined at a time: 4 or 8 KiB of first-level cache."""
 
 LANES = 64
-"""Partial sums of a channel. Fixed, so that sums do not depend on the machine's SIMD width."""
+"""Partial sums of a channel of float64."""
 
-_STRIDE = 256
+_TINY = 2.0**-64
+
+LINE = 64
+"""Bytes of a cache line; what is streamed bypasses the caches a line at a time."""
+
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 _inline = njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 
@@ -46,6 +51,12 @@ if config.DISABLE_JIT:
         buffer: Any = (ctypes.c_char * (int(size) * like.dtype.itemsize)).from_address(int(address))
         return np.ndarray((int(size),), like.dtype, buffer)
 
+    def _stream_line(target: int, source: int) -> None:
+        ctypes.memmove(int(target), int(source), LINE)
+
+    def _end_of_stream() -> None:
+        pass
+
 else:
 
     @intrinsic
@@ -59,6 +70,25 @@ else:
     def array_at(address, size, like):  # type: ignore[no-untyped-def]
         """One-dimensional view of ``size`` elements of ``like``'s dtype at ``address``."""
         return carray(_pointer(address), (size,), like.dtype)
+
+    @intrinsic
+    def _stream_line(typing_context: Any, target: types.Type, source: types.Type) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            line = ir.VectorType(ir.IntType(8), LINE).as_pointer()
+            value = builder.load(builder.inttoptr(arguments[1], line), align=1)
+            store = builder.store(value, builder.inttoptr(arguments[0], line), align=LINE)
+            store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    @intrinsic
+    def _end_of_stream(typing_context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            builder.fence("seq_cst")  # what was streamed is visible to whoever learns that the work is done
+            return context.get_dummy_value()
+
+        return types.void(), generate
 
 
 # --- Half precision: exact widening, rounding to nearest even, no subnormal float32 on the way ------
@@ -165,29 +195,76 @@ def _load_keys(source, memory_format, scale, narrow, magnitudes):  # type: ignor
 
 
 @_inline
-def _count_block(keys, low, high):  # type: ignore[no-untyped-def]
-    below, inside, largest = np.uint32(0), np.uint32(0), keys[0]
-    for i in range(keys.size):
-        key = keys[i]
-        below = np.uint32(below + np.uint32(key < low))
-        inside = np.uint32(inside + np.uint32((key >= low) & (key < high)))
-        largest = max(largest, key)
-    return below, inside, largest
+def _infinity(memory_format):  # type: ignore[no-untyped-def]
+    if memory_format == FLOAT16:
+        return np.uint64(0x7C00)
+    if memory_format == BFLOAT16:
+        return np.uint64(0x7F80)
+    if memory_format == FLOAT32:
+        return np.uint64(0x7F800000)
+    return np.uint64(0x7FF0000000000000)
 
 
 @_inline
-def _gather_block(keys, size, low, high, hits, buffer, taken):  # type: ignore[no-untyped-def]
-    """Append the first ``size`` of ``keys`` that are in the interval; ``buffer`` has one place to spare."""
-    hits[:] = 0
-    for start in range(0, size, _STRIDE):  # SIMD over columns: which ones need a closer look
-        row = keys[start : start + _STRIDE]
-        for i in range(row.size):
-            hits[i] += np.uint32((row[i] >= low) & (row[i] < high))
-    for column in range(_STRIDE):
-        if hits[column]:
-            for i in range(column, size, _STRIDE):
-                buffer[taken] = keys[i]
-                taken += np.intp((keys[i] >= low) & (keys[i] < high))
+def _magnitude_mask(source):  # type: ignore[no-untyped-def]
+    every_bit = np.uint64(0xFFFFFFFFFFFFFFFF)
+    return source.dtype.type(every_bit >> np.uint64(65 - 8 * source.itemsize))
+
+
+@_inline
+def _key(bits, memory_format, scale, one, narrow, keys):  # type: ignore[no-untyped-def]
+    """Key of one weight's bits."""
+    one[0] = bits
+    _load_keys(one[:1], memory_format, scale, narrow, keys[:1])
+    return keys[0]
+
+
+@_inline
+def _first_bits(key, memory_format, scale, one, narrow, keys):  # type: ignore[no-untyped-def]
+    """Smallest bits of a magnitude whose key is at least ``key``, which is that of infinity at most."""
+    # Dividing and widening keep the order, so an interval of keys is an interval of each tensor's own
+    # bits, and these are compared where they lie.
+    if scale == 1.0 and keys.itemsize == one.itemsize:
+        return one.dtype.type(key)
+    low, high = np.uint64(0), _infinity(memory_format)
+    while low < high:
+        middle = (low + high) >> np.uint64(1)
+        if _key(middle, memory_format, scale, one, narrow, keys) >= key:
+            high = middle
+        else:
+            low = middle + np.uint64(1)
+    return one.dtype.type(low)
+
+
+@_inline
+def _count_block(block, mask, first, last):  # type: ignore[no-untyped-def]
+    unsigned = block.dtype.type
+    below, below_last, largest = unsigned(0), unsigned(0), unsigned(0)
+    for i in range(block.size):
+        bits = unsigned(block[i] & mask)
+        below = unsigned(below + unsigned(bits < first))
+        below_last = unsigned(below_last + unsigned(bits < last))
+        largest = max(largest, bits)
+    return np.intp(below), np.intp(below_last) - np.intp(below), largest
+
+
+@_inline
+def _gather_block(block, mask, first, last, flags, words, found):  # type: ignore[no-untyped-def]
+    """Write the magnitudes' bits that are in ``[first, last)`` to ``found``, which has one place to spare."""
+    unsigned, hits = block.dtype.type, flags.view(np.uint8)
+    for i in range(block.size):
+        bits = unsigned(block[i] & mask)
+        hits[i] = np.uint8((bits >= first) & (bits < last))
+    marked, taken = 0, 0
+    for word in range((block.size + 7) // 8):  # eight elements at once, and no branch to mispredict
+        words[marked] = word
+        marked += np.intp(flags[word] != 0)
+    for j in range(marked):
+        eight = block[8 * words[j] : min(8 * words[j] + 8, block.size)]
+        for i in range(eight.size):
+            bits = unsigned(eight[i] & mask)
+            found[taken] = bits
+            taken += np.intp((bits >= first) & (bits < last))
     return taken
 
 
@@ -200,8 +277,9 @@ def count(chunks, scales, memory_format, source_like, interval, buffer, bins):  
         scales: float64: what each tensor's magnitudes are divided by.
         memory_format: FLOAT16, BFLOAT16, FLOAT32 or FLOAT64.
         source_like: empty array of the unsigned type that holds one element.
-        interval: ``(low, high, shift)`` in the unsigned type of the keys; inside is ``low <= key < high``.
-        buffer: takes the keys inside, as long as a whole block of them would fit.
+        interval: ``(low, high, shift)`` in the unsigned type of the keys; inside is ``low <= key < high``,
+            and ``high`` is the key of infinity at most.
+        buffer: takes the keys inside, until a block of them does not fit.
         bins: int64; if not empty, ``bins[(key - low) >> shift]`` is raised for each key inside instead.
 
     Returns:
@@ -209,50 +287,67 @@ def count(chunks, scales, memory_format, source_like, interval, buffer, bins):  
         buffer: all of those inside, unless it was too small.
     """
     low, high, shift = interval[0], interval[1], interval[2]
-    keys, hits = np.empty(BLOCK, interval.dtype), np.empty(_STRIDE, np.uint32)
-    narrow, found = np.empty(BLOCK, np.float32), np.empty(BLOCK + 1, interval.dtype)
+    keys, narrow = np.empty(BLOCK, interval.dtype), np.empty(BLOCK, np.float32)
+    flags, words = np.empty(BLOCK // 8, np.uint64), np.empty(BLOCK // 8 + 1, np.intp)
+    found = np.empty(BLOCK + 1, source_like.dtype)
+    mask = _magnitude_mask(source_like)
     below, inside, taken, largest = 0, 0, 0, interval.dtype.type(0)
+    known, first, last = 0.0, mask, mask
     for c in range(chunks.shape[0]):
         source = array_at(chunks[c, 0], chunks[c, 1], source_like)
         scale = scales[chunks[c, 2]]
+        if scale != known:
+            known = scale
+            first = _first_bits(low, memory_format, scale, found, narrow, keys)
+            last = _first_bits(high, memory_format, scale, found, narrow, keys)
+        chunk_largest = source_like.dtype.type(0)
         for start in range(0, source.size, BLOCK):
             block = source[start : start + BLOCK]
-            _load_keys(block, memory_format, scale, narrow, keys)
-            block_below, block_inside, block_largest = _count_block(keys[: block.size], low, high)
-            if block_inside > 0 and bins.size > 0:
-                _gather_block(keys, block.size, low, high, hits, found, 0)
-                for i in range(block_inside):
-                    bins[np.intp((found[i] - low) >> shift)] += 1
-            elif block_inside > 0 and taken == inside and taken + block_inside < buffer.size:
-                taken = _gather_block(keys, block.size, low, high, hits, buffer, taken)
+            block_below, block_inside, block_largest = _count_block(block, mask, first, last)
             below += block_below
-            inside += block_inside
-            largest = max(largest, block_largest)
+            chunk_largest = max(chunk_largest, block_largest)
+            if block_inside > 0:
+                wanted = bins.size > 0 or (taken == inside and taken + block_inside <= buffer.size)
+                inside += block_inside
+                if wanted:
+                    _gather_block(block, mask, first, last, flags, words, found)
+                    _load_keys(found[:block_inside], memory_format, scale, narrow, keys[:block_inside])
+                    if bins.size > 0:
+                        for i in range(block_inside):
+                            bins[np.intp((keys[i] - low) >> shift)] += 1
+                    else:
+                        buffer[taken : taken + block_inside] = keys[:block_inside]
+                        taken += block_inside
+        largest = max(largest, _key(chunk_largest, memory_format, scale, found, narrow, keys))
     return below, inside, largest, taken
 
 
 @_jit
 def successor(chunks, scales, memory_format, source_like, key):  # type: ignore[no-untyped-def]
-    """Smallest key above ``key[0]``; ``key[1]`` where there is none. Arguments as in :func:`count`."""
-    floor, best = key[0], key[1]
-    keys = np.empty(BLOCK, key.dtype)
-    narrow = np.empty(BLOCK, np.float32)
+    """Smallest key of at least ``key[0]``; ``key[1]`` where there is none. Arguments as in :func:`count`."""
+    best, mask = key[1], _magnitude_mask(source_like)
+    keys, narrow = np.empty(1, key.dtype), np.empty(1, np.float32)
+    one, known, first = np.empty(1, source_like.dtype), 0.0, mask
     for c in range(chunks.shape[0]):
         source = array_at(chunks[c, 0], chunks[c, 1], source_like)
         scale = scales[chunks[c, 2]]
-        for start in range(0, source.size, BLOCK):
-            block = source[start : start + BLOCK]
-            _load_keys(block, memory_format, scale, narrow, keys)
-            best = _successor_in_block(keys[: block.size], floor, best)
+        if scale != known:
+            known = scale
+            first = _first_bits(key[0], memory_format, scale, one, narrow, keys)
+        smallest = _smallest(source, mask, first)
+        if smallest < mask:
+            best = min(best, _key(smallest, memory_format, scale, one, narrow, keys))
     return best
 
 
 @_inline
-def _successor_in_block(keys, floor, best):  # type: ignore[no-untyped-def]
-    nothing = best
-    for i in range(keys.size):
-        best = min(best, keys[i] if keys[i] > floor else nothing)
-    return best
+def _smallest(source, mask, first):  # type: ignore[no-untyped-def]
+    unsigned = source.dtype.type
+    smallest = mask
+    for i in range(source.size):
+        bits = unsigned(source[i] & mask)
+        smallest = min(smallest, bits if bits >= first else mask)
+    return smallest
 
 
 @_jit
@@ -307,36 +402,65 @@ def _add(sums, errors, i, value):  # type: ignore[no-untyped-def]
     sums[i] = total
 
 
+@njit(nogil=True, cache=True, error_model="numpy", forceinline=True, fastmath={"reassoc"})
+def _sums(values, threshold):  # type: ignore[no-untyped-def]
+    """Sum of the magnitudes, and of those above the threshold; in any order, with bits to spare."""
+    everything, kept = 0.0, 0.0
+    for i in range(values.size):
+        magnitude = abs(values[i])
+        wide = np.float64(magnitude)
+        everything += wide
+        kept += wide if magnitude > threshold else 0.0
+    return everything, kept
+
+
+@_inline
+def _alpha(everything, kept, size, unit):  # type: ignore[no-untyped-def]
+    """Equation 4, for sums that are ``unit`` times what they should be."""
+    ratio = (kept / size + RESCALE_EPSILON * unit) / (everything / size + RESCALE_EPSILON * unit)
+    return RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)
+
+
+# Sums in float64 have no bits to spare for float64: they carry their rounding errors along, in LANES
+# partial sums, and are kept _TINY times what they should be, or they could overflow.
+
+
+@_inline
+def _add(sums, errors, i, value):  # type: ignore[no-untyped-def]
+    """Add to ``sums[i]``, and the rounding error to ``errors[i]`` (Knuth's two-sum)."""
+    total = sums[i] + value
+    added = total - sums[i]
+    errors[i] += (sums[i] - (total - added)) + (value - added)
+    sums[i] = total
+
+
 @_inline
 def _accumulate(values, threshold, lanes, period):  # type: ignore[no-untyped-def]
     """Add magnitude ``i``, and again if it is kept, to lane ``i % period`` of the sums."""
-    # Sums of float32 magnitudes in float64 have bits to spare. Those of float64 carry their rounding
-    # errors along and are kept 2**64 times too small, or they could overflow.
     everything, kept, everything_errors, kept_errors = lanes
     for start in range(0, values.size, period):
         row = values[start : start + period]
         if values.itemsize == 8:
             for i in range(row.size):
-                magnitude = abs(row[i]) * 2.0**-64
+                magnitude = abs(row[i]) * _TINY
                 _add(everything, everything_errors, i, magnitude)
                 _add(kept, kept_errors, i, magnitude if abs(row[i]) > threshold else 0.0)
         else:
             for i in range(row.size):
                 magnitude = abs(row[i])
-                everything[i] += magnitude
-                kept[i] += magnitude if magnitude > threshold else np.float32(0)
+                wide = np.float64(magnitude)
+                everything[i] += wide
+                kept[i] += wide if magnitude > threshold else 0.0
 
 
 @_inline
-def _clear(lanes, width, exact):  # type: ignore[no-untyped-def]
+def _clear(lanes, width):  # type: ignore[no-untyped-def]
     everything, kept, everything_errors, kept_errors = lanes
     for i in range(width):
         everything[i] = 0.0
         kept[i] = 0.0
-    if exact:
-        for i in range(width):
-            everything_errors[i] = 0.0
-            kept_errors[i] = 0.0
+        everything_errors[i] = 0.0
+        kept_errors[i] = 0.0
 
 
 @_inline
@@ -367,9 +491,23 @@ def _fold(sums, errors, start, width, exact):  # type: ignore[no-untyped-def]
 def _scale(lanes, start, width, size, exact):  # type: ignore[no-untyped-def]
     everything = _fold(lanes[0], lanes[2], start, width, exact)
     kept = _fold(lanes[1], lanes[3], start, width, exact)
-    epsilon = RESCALE_EPSILON * (2.0**-64 if exact else 1.0)
-    ratio = (kept / size + epsilon) / (everything / size + epsilon)
-    return RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)
+    return _alpha(everything, kept, size, _TINY if exact else 1.0)
+
+
+@_inline
+def _row_scale(row, memory_format, threshold, buffers, lanes):  # type: ignore[no-untyped-def]
+    """Scale of one channel that lies in one piece."""
+    if memory_format == FLOAT64:
+        _clear(lanes, LANES)
+        _accumulate(row.view(buffers[0].dtype), threshold, lanes, LANES)
+        return _scale(lanes, 0, LANES, row.size, True)
+    everything, kept = 0.0, 0.0
+    for start in range(0, row.size, BLOCK):
+        values = _load_values(row[start : start + BLOCK], memory_format, buffers[0])
+        block_everything, block_kept = _sums(values, threshold)
+        everything += block_everything
+        kept += block_kept
+    return _alpha(everything, kept, row.size, 1.0)
 
 
 @_inline
@@ -395,11 +533,29 @@ def _shrink_columns(values, threshold, hard, scales, output):  # type: ignore[no
 
 
 @_inline
-def _write(source, target, memory_format, threshold, hard, scales, buffers):  # type: ignore[no-untyped-def]
+def _stream(source, target):  # type: ignore[no-untyped-def]
+    """Copy without reading the target's lines into the cache first, as an ordinary store would."""
+    place, itemsize = target.ctypes.data, target.itemsize
+    head = min((-place % LINE) // itemsize, target.size)
+    lines = (target.size - head) * itemsize // LINE
+    tail = head + lines * (LINE // itemsize)
+    for i in range(head):
+        target[i] = source[i]
+    place += head * itemsize
+    for i in range(lines):
+        _stream_line(place + i * LINE, source.ctypes.data + head * itemsize + i * LINE)
+    rest, last = target[tail:], source[tail:]
+    for i in range(rest.size):
+        rest[i] = last[i]
+
+
+@_inline
+def _write(source, target, memory_format, threshold, hard, stream, scales, buffers):  # type: ignore[no-untyped-def]
     """Threshold and scale ``source``: all of it by ``scales[0]``, or element ``i`` by ``scales[i]``."""
-    values_buffer, narrow = buffers
+    values_buffer, narrow, bits_buffer = buffers
     for start in range(0, source.size, BLOCK):
-        block = target[start : start + BLOCK]
+        goal = target[start : start + BLOCK]
+        block = bits_buffer[: goal.size] if stream else goal
         values = _load_values(source[start : start + BLOCK], memory_format, values_buffer)
         half = memory_format == FLOAT16 or memory_format == BFLOAT16
         # In place LLVM has to see one array, or it would fear an overlap and give up on SIMD.
@@ -411,26 +567,23 @@ def _write(source, target, memory_format, threshold, hard, scales, buffers):  # 
             _shrink_columns(values, threshold, hard, scales[start : start + BLOCK], output)
         if half:
             _store_values(values, memory_format, narrow, block)
+        if stream:
+            _stream(block, goal)
 
 
 @_inline
-def _apply_rows(source, target, memory_format, threshold, hard, rescale, size, buffers, lanes, scales):  # type: ignore[no-untyped-def]
+def _apply_rows(source, target, memory_format, threshold, hard, rescale, stream, size, buffers, lanes, scales):  # type: ignore[no-untyped-def]
     """Channels of ``size`` elements each, one after the other."""
     scales[0] = 1
-    exact = source.itemsize == 8
     for first in range(0, source.size, size):
         row = source[first : first + size]
         if rescale:
-            _clear(lanes, LANES, exact)
-            for start in range(0, size, BLOCK):
-                values = _load_values(row[start : start + BLOCK], memory_format, buffers[0])
-                _accumulate(values, threshold, lanes, LANES)
-            scales[0] = _scale(lanes, 0, LANES, size, exact)
-        _write(row, target[first : first + size], memory_format, threshold, hard, scales, buffers)
+            scales[0] = _row_scale(row, memory_format, threshold, buffers, lanes)
+        _write(row, target[first : first + size], memory_format, threshold, hard, stream, scales, buffers)
 
 
 @_inline
-def _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers):  # type: ignore[no-untyped-def]
+def _apply_columns(source, target, memory_format, threshold, hard, rescale, stream, layout, buffers):  # type: ignore[no-untyped-def]
     """Channels that alternate ``repeats`` times; as many repeats at once as make a long enough loop."""
     repeats, stride, start, stop, size = layout
     width = (stop - start) * size
@@ -457,11 +610,11 @@ def _apply_columns(source, target, memory_format, threshold, hard, rescale, layo
     for b in range(0, repeats, group):
         first = b * stride + start * size
         last = first + min(group, repeats - b) * width
-        _write(source[first:last], target[first:last], memory_format, threshold, hard, scales, buffers)
+        _write(source[first:last], target[first:last], memory_format, threshold, hard, stream, scales, buffers)
 
 
 @_jit
-def apply(units, thresholds, memory_format, source_like, hard, rescale):  # type: ignore[no-untyped-def]
+def apply(units, thresholds, memory_format, source_like, hard, rescale, stream):  # type: ignore[no-untyped-def]
     """Threshold and rescale the channels of each unit; a threshold of 0 copies.
 
     Args:
@@ -474,9 +627,10 @@ def apply(units, thresholds, memory_format, source_like, hard, rescale):  # type
         source_like: empty array of the unsigned type that holds one element.
         hard: keep the weights above the threshold as they are, instead of shrinking them.
         rescale: multiply each channel by its scale.
+        stream: write past the caches; not in place, and elements are aligned to their size.
     """
     # As addresses, because slices of such arrays need no reference counting.
-    memory = np.empty(4 * LANES + 2 * BLOCK, np.float64)
+    memory = np.empty(4 * LANES + 3 * BLOCK, np.float64)
     lane, place = memory[:0], memory.ctypes.data
     lanes = (
         array_at(place, LANES, lane),
@@ -485,7 +639,11 @@ def apply(units, thresholds, memory_format, source_like, hard, rescale):  # type
         array_at(place + 24 * LANES, LANES, lane),
     )
     place += 32 * LANES
-    buffers = (array_at(place, BLOCK, thresholds), array_at(place + 8 * BLOCK, BLOCK, np.empty(0, np.float32)))
+    buffers = (
+        array_at(place, BLOCK, thresholds),
+        array_at(place + 8 * BLOCK, BLOCK, np.empty(0, np.float32)),
+        array_at(place + 16 * BLOCK, BLOCK, source_like),
+    )
     scales = array_at(place + 12 * BLOCK, 1, thresholds)
     for u in range(units.shape[0]):
         repeats, channels, size = units[u, 2], units[u, 3], units[u, 4]
@@ -498,8 +656,10 @@ def apply(units, thresholds, memory_format, source_like, hard, rescale):  # type
                 target[first:last] = source[first:last]
         elif repeats == 1:
             source, target = source[start * size : stop * size], target[start * size : stop * size]
-            _apply_rows(source, target, memory_format, threshold, hard, rescale, size, buffers, lanes, scales)
+            _apply_rows(source, target, memory_format, threshold, hard, rescale, stream, size, buffers, lanes, scales)
         else:
             layout = (repeats, channels * size, start, stop, size)
-            _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers)
+            _apply_columns(source, target, memory_format, threshold, hard, rescale, stream, layout, buffers)
+    if stream:
+        _end_of_stream()
     memory[0] = 0  # still in use up to here

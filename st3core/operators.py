@@ -17,6 +17,9 @@ _STRIPE = 1 << 10
 _ROWS = 1 << 15
 """Elements that a unit of work takes where every channel is contiguous."""
 
+_STREAM_FROM = 1 << 25
+"""Bytes written in one call from which on they would not stay in the caches anyway."""
+
 
 def sparsify(
     weight: np.ndarray,
@@ -222,10 +225,17 @@ def apply_units(
     """
     with np.errstate(over="ignore"):  # a threshold that rounds to infinity zeroes everything, as it should
         limits = thresholds.astype(memory.dtype).astype(memory.compute)
-    flags = method.operator == "hard", method.rescale == "channel"
+    work = (units[:, 6] - units[:, 5]) * units[:, 2] * units[:, 4]
+    stream = int(work.sum()) * memory.dtype.itemsize >= _STREAM_FROM and _may_stream(units, memory)
+    flags = method.operator == "hard", method.rescale == "channel", stream
     like = np.empty(0, memory.bits)
-    pieces = threads.split((units[:, 6] - units[:, 5]) * units[:, 2] * units[:, 4])
+    pieces = threads.split(work)
     threads.run(kernels.apply, [(units[piece], limits, memory.code, like, *flags) for piece in pieces])
+
+
+def _may_stream(units: NDArray[np.int64], memory: MemoryFormat) -> bool:
+    aligned = not (units[:, 1] % memory.dtype.itemsize).any()
+    return bool(aligned and (units[:, 0] != units[:, 1]).all())
 
 
 def _target(source: np.ndarray, order: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:

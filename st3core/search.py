@@ -236,11 +236,11 @@ def _guess(counter: Counter, rank: int) -> tuple[int, int, int]:
     share = (rank + 0.5) / counter.size
     margin = _SAMPLE_MARGIN * np.sqrt(len(keys) * share * (1 - share)) + 2
     left, right = int(share * len(keys) - margin), int(share * len(keys) + margin) + 1
-    first, last = 0, counter.infinity
-    if left >= 0:
-        first = int(np.partition(keys, left)[left])
-    if right < len(keys):
-        last = int(np.partition(keys, right)[right]) + 1
+    inner = [index for index in (left, right) if 0 <= index < len(keys)]
+    if inner:
+        keys.partition(inner)
+    first = int(keys[left]) if left >= 0 else 0
+    last = int(keys[right]) + 1 if right < len(keys) else counter.infinity
     return first, last, int((right - left) / max(len(keys), 1) * counter.size)
 
 
