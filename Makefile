@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench study clean
+.PHONY: demo test check bench stress study clean
 
 demo: $(READY)  ## sparse-train a network on handwritten digits
 	$(VENV)/bin/python examples/digits.py
@@ -19,8 +19,11 @@ check: $(READY)  ## style and types
 	$(RUN) ruff format --check
 	$(RUN) mypy
 
-bench: $(READY)  ## time the threshold search against its alternatives
+bench: $(READY)  ## time every part of a sparse step beside its alternatives; writes docs/performance.md
 	$(RUN) benchmarks.speed
+
+stress: $(READY)  ## call from many threads and processes at once: no crash, no wrong bit
+	$(RUN) benchmarks.stress
 
 study: $(READY)  ## accuracy at 99 % zeros: ST-3 against its neighbours, five seeds
 	$(RUN) benchmarks.accuracy

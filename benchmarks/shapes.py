@@ -6,6 +6,8 @@ import numpy as np
 
 Shape = tuple[int, ...]
 
+_CHUNK = 1 << 22
+
 
 def resnet50() -> list[Shape]:
     """Convolution and linear kernels of ResNet-50 in PyTorch's layout: 54 tensors, 25.5 million weights."""
@@ -26,3 +28,16 @@ def he_normal(shapes: list[Shape], seed: int = 0) -> list[np.ndarray]:
     return [
         (generator.standard_normal(s, np.float32) * math.sqrt(2 / math.prod(s[1:]))).astype(np.float32) for s in shapes
     ]
+
+
+def keras_layout(weights: list[np.ndarray]) -> list[np.ndarray]:
+    """The same kernels as Keras keeps them: output channels last, ``(*kernel, in, out)``."""
+    return [np.ascontiguousarray(w.transpose(*range(2, w.ndim), 1, 0)) for w in weights]
+
+
+def normal(count: int, seed: int = 0) -> np.ndarray:
+    """float32, shape ``(count / 1000, 1000)``, standard normal; made in place, chunk by chunk."""
+    generator, flat = np.random.default_rng(seed), np.empty(count, np.float32)
+    for start in range(0, count, _CHUNK):
+        generator.standard_normal(dtype=np.float32, out=flat[start : start + _CHUNK])
+    return flat.reshape(-1, 1000)

@@ -21,19 +21,19 @@ _SLACK = 1.125
 """Threads get every n-th chunk, so their shares of the gathered keys are about equal."""
 
 _KEY_FLOATS = {np.dtype(np.uint32): np.float32, np.dtype(np.uint64): np.float64}
+_NO_BINS = np.empty(0, np.int64)
 
 
-class _Table(NamedTuple):
-    """Chunks of one memory format, and the arrays that own the memory."""
+class _Job(NamedTuple):
+    """What one thread counts: chunks of one memory format."""
 
-    format: MemoryFormat
     chunks: NDArray[np.int64]
-    scales: NDArray[np.float64]
-    owners: Sequence[np.ndarray]
+    arguments: tuple[NDArray[np.float64], int, np.ndarray]
+    elements: int
 
 
 class ArrayCounter:
-    """Counts the keys of NumPy arrays.
+    """Counts the keys of NumPy arrays. Used by one thread at a time.
 
     Args:
         weights: arrays of the dtypes in :data:`st3core.memory.MEMORY_FORMATS`, of any shape and strides.
@@ -46,9 +46,13 @@ class ArrayCounter:
         self._named = list(zip(names, weights, strict=True))
         wide = any(w.dtype.itemsize == 8 for w in weights)
         self.key_dtype: np.dtype[Any] = np.dtype(np.uint64 if wide else np.uint32)
+        self._interval = np.empty(3, self.key_dtype)
+        self._float = np.empty(1, _KEY_FLOATS[self.key_dtype])
+        self._bits = self._float.view(self.key_dtype)
         self.infinity = self.key(np.inf)
-        self._tables: list[_Table] = []
+        self._tables: list[_Job] = []
         self._irregular: list[tuple[np.ndarray, float]] = []
+        self._dealt: tuple[int, list[list[tuple[_Job]]]] = (0, [])
         for format in MEMORY_FORMATS.values():
             members = [
                 (w, s) for w, s in zip(weights, scales, strict=True) if w.dtype.newbyteorder("=") == format.dtype
@@ -60,11 +64,13 @@ class ArrayCounter:
 
     def key(self, magnitude: float) -> int:
         """Key of a magnitude."""
-        return int(np.asarray(magnitude, _KEY_FLOATS[self.key_dtype]).view(self.key_dtype)[()])
+        self._float[0] = magnitude
+        return int(self._bits[0])
 
     def magnitude(self, key: int) -> float:
         """Magnitude of a key."""
-        return float(self.key_dtype.type(key).view(_KEY_FLOATS[self.key_dtype]))
+        self._bits[0] = key
+        return float(self._float[0])
 
     def gather(self, low: int, high: int, capacity: int) -> tuple[int, int, np.ndarray | None]:
         """Number of keys below ``low`` and in ``[low, high)``, and the latter themselves if they are few.
@@ -72,19 +78,24 @@ class ArrayCounter:
         Raises:
             ValueError: a weight is NaN or infinite; the message names it.
         """
-        interval, no_bins = np.array([low, high, 0], self.key_dtype), np.empty(0, np.int64)
+        self._interval[0], self._interval[1], self._interval[2] = low, high, 0
 
-        def part(table: _Table, chunks: NDArray[np.int64]) -> tuple[int, int, int, np.ndarray]:
-            elements = int(chunks[:, 1].sum())
-            share = int(_SLACK * capacity * elements / self.size)
-            buffer = np.empty(min(elements, share) + kernels.BLOCK, self.key_dtype)
-            below, inside, largest, taken = kernels.count(*_arguments(table, chunks), interval, buffer, no_bins)
-            return int(below), int(inside), int(largest), buffer[:taken]
+        def part(job: _Job) -> tuple[int, int, int, np.ndarray]:
+            share = int(_SLACK * capacity * job.elements / self.size) + kernels.BLOCK
+            buffer = np.empty(min(job.elements, share), self.key_dtype)
+            below, inside, largest, taken = kernels.count(job.chunks, *job.arguments, self._interval, buffer, _NO_BINS)
+            return below, inside, largest, buffer[:taken]
 
-        below, inside, largest, gathered = zip(*self._map(part), strict=True)
-        self._check_finite(largest)
-        complete = sum(inside) <= capacity and sum(keys.size for keys in gathered) == sum(inside)
-        return sum(below), sum(inside), np.concatenate(gathered) if complete else None
+        below, inside, gathered = 0, 0, []
+        for part_below, part_inside, largest, keys in self._map(part):
+            if largest >= self.infinity:
+                self._reject()
+            below += part_below
+            inside += part_inside
+            gathered.append(keys)
+        if inside > capacity or sum(keys.size for keys in gathered) < inside:
+            return below, inside, None
+        return below, inside, gathered[0] if len(gathered) == 1 else np.concatenate(gathered)
 
     def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]:
         """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys.
@@ -95,14 +106,15 @@ class ArrayCounter:
         interval, no_buffer = np.array([low, high, shift], self.key_dtype), np.empty(0, self.key_dtype)
         total = np.zeros(((high - 1 - low) >> shift) + 1, np.int64)
 
-        def part(table: _Table, chunks: NDArray[np.int64]) -> tuple[int, int, NDArray[np.int64]]:
+        def part(job: _Job) -> tuple[int, int, NDArray[np.int64]]:
             bins = np.zeros_like(total)
-            below, _, largest, _ = kernels.count(*_arguments(table, chunks), interval, no_buffer, bins)
+            below, _, largest, _ = kernels.count(job.chunks, *job.arguments, interval, no_buffer, bins)
             return int(below), int(largest), bins
 
         below = 0
         for part_below, largest, bins in self._map(part):
-            self._check_finite([largest])
+            if largest >= self.infinity:
+                self._reject()
             below += part_below
             total += bins
         return below, total
@@ -110,31 +122,39 @@ class ArrayCounter:
     def successor(self, key: int) -> int:
         """Smallest key above ``key``, or the key of infinity."""
         bounds = np.array([key + 1, self.infinity], self.key_dtype)
-        parts = self._map(lambda table, chunks: int(kernels.successor(*_arguments(table, chunks), bounds)))
+        parts = self._map(lambda job: int(kernels.successor(job.chunks, *job.arguments, bounds)))
         return min(parts, default=self.infinity)
 
     def sample(self, count: int) -> np.ndarray:
         """About ``count`` keys from evenly spread places, in no order; which ones is not specified."""
         stride = max(self.size // count, 1)
 
-        def part(table: _Table, chunks: NDArray[np.int64]) -> np.ndarray:
-            keys = np.empty(int(chunks[:, 1].sum()) // stride + 1, self.key_dtype)
-            return keys[: kernels.sample(*_arguments(table, chunks), stride, keys)]
+        def part(job: _Job) -> np.ndarray:
+            keys = np.empty(job.elements // stride + 1, self.key_dtype)
+            return keys[: kernels.sample(job.chunks, *job.arguments, stride, keys)]
 
         return np.concatenate(list(self._map(part)))
 
-    def _map(self, part: Callable[[_Table, NDArray[np.int64]], T]) -> Iterator[T]:
-        for table in self._tables:
-            deals = threads.deal(len(table.chunks), int(table.chunks[:, 1].sum()))
-            yield from threads.run(part, [(table, np.ascontiguousarray(table.chunks[deal])) for deal in deals])
+    def is_finite(self) -> bool:
+        """Whether no key is infinite or NaN; one read of all weights."""
+        interval, no_buffer = np.zeros(3, self.key_dtype), np.empty(0, self.key_dtype)
+        largest = self._map(lambda job: kernels.count(job.chunks, *job.arguments, interval, no_buffer, _NO_BINS)[2])
+        return max(largest, default=0) < self.infinity
+
+    def _map(self, part: Callable[[_Job], T]) -> Iterator[T]:
+        for jobs in self._jobs():
+            yield from threads.run(part, jobs)
         for weight, scale in self._irregular:
             for chunk in _contiguous_chunks(weight):
-                table = _table(MEMORY_FORMATS[chunk.dtype.name], [chunk], [scale])
-                yield part(table, table.chunks)
+                yield part(_table(MEMORY_FORMATS[chunk.dtype.name], [chunk], [scale]))
 
-    def _check_finite(self, largest_keys: Sequence[int]) -> None:
-        if max(largest_keys) < self.infinity:
-            return
+    def _jobs(self) -> list[list[tuple[_Job]]]:
+        """Jobs that run side by side, for each memory format."""
+        if self._dealt[0] != threads.thread_count():
+            self._dealt = threads.thread_count(), [_deal(table) for table in self._tables]
+        return self._dealt[1]
+
+    def _reject(self) -> None:
         for name, weight in self._named:
             if not np.isfinite(weight).all():
                 raise ValueError(describe_non_finite(weight, "find_thresholds", name))
@@ -144,14 +164,16 @@ class ArrayCounter:
         )
 
 
-def _table(format: MemoryFormat, weights: Sequence[np.ndarray], scales: Sequence[float]) -> _Table:
+def _table(format: MemoryFormat, weights: Sequence[np.ndarray], scales: Sequence[float]) -> _Job:
     addresses = [w.__array_interface__["data"][0] for w in weights]
     chunks = chunk_table(addresses, [w.size for w in weights], format.dtype.itemsize)
-    return _Table(format, chunks, np.array(scales, np.float64), weights)
+    arguments = np.array(scales, np.float64), format.code, np.empty(0, format.bits)
+    return _Job(chunks, arguments, sum(w.size for w in weights))
 
 
-def _arguments(table: _Table, chunks: NDArray[np.int64]) -> tuple[Any, ...]:
-    return chunks, table.scales, table.format.code, np.empty(0, table.format.bits)
+def _deal(table: _Job) -> list[tuple[_Job]]:
+    chunks = [np.ascontiguousarray(table.chunks[deal]) for deal in threads.deal(len(table.chunks), table.elements)]
+    return [(table._replace(chunks=part, elements=int(part[:, 1].sum())),) for part in chunks]
 
 
 def _contiguous_chunks(weight: np.ndarray) -> Iterator[np.ndarray]:

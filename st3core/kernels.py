@@ -38,6 +38,7 @@ LINE = 64
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 _inline = njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+_inline_sum = njit(nogil=True, cache=True, error_model="numpy", forceinline=True, fastmath={"reassoc"})
 
 
 # --- Memory -----------------------------------------------------------------------------------------
@@ -142,10 +143,9 @@ def _widen_bfloat16(source, values):  # type: ignore[no-untyped-def]
 def _narrow_bfloat16(values, target):  # type: ignore[no-untyped-def]
     bits = values.view(np.uint32)
     for i in range(target.size):
-        odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
-        # In 64 bits, or the largest NaN patterns would wrap around to zero.
-        rounded = np.uint64(bits[i]) + np.uint64(0x7FFF) + np.uint64(odd)
-        target[i] = np.uint16(rounded >> np.uint64(16))
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)  # without the sign, NaN patterns can't wrap around to zero
+        rounded = magnitude + np.uint32(0x7FFF) + ((magnitude >> np.uint32(16)) & np.uint32(1))
+        target[i] = np.uint16((np.uint32(rounded) >> np.uint32(16)) | ((bits[i] >> np.uint32(16)) & np.uint32(0x8000)))
 
 
 # --- Magnitudes as keys: the bits of a non-negative float order like the float ---------------------
@@ -255,7 +255,7 @@ def _gather_block(block, mask, first, last, flags, words, found):  # type: ignor
     for i in range(block.size):
         bits = unsigned(block[i] & mask)
         hits[i] = np.uint8((bits >= first) & (bits < last))
-    marked, taken = 0, 0
+    marked, taken = np.intp(0), np.intp(0)
     for word in range((block.size + 7) // 8):  # eight elements at once, and no branch to mispredict
         words[marked] = word
         marked += np.intp(flags[word] != 0)
@@ -393,16 +393,7 @@ def _store_values(values, memory_format, scratch, target):  # type: ignore[no-un
         _narrow_bfloat16(values, target)
 
 
-@_inline
-def _add(sums, errors, i, value):  # type: ignore[no-untyped-def]
-    """Add to ``sums[i]``, and the rounding error to ``errors[i]`` (Knuth's two-sum)."""
-    total = sums[i] + value
-    added = total - sums[i]
-    errors[i] += (sums[i] - (total - added)) + (value - added)
-    sums[i] = total
-
-
-@njit(nogil=True, cache=True, error_model="numpy", forceinline=True, fastmath={"reassoc"})
+@_inline_sum
 def _sums(values, threshold):  # type: ignore[no-untyped-def]
     """Sum of the magnitudes, and of those above the threshold; in any order, with bits to spare."""
     everything, kept = 0.0, 0.0
@@ -416,9 +407,10 @@ def _sums(values, threshold):  # type: ignore[no-untyped-def]
 
 @_inline
 def _alpha(everything, kept, size, unit):  # type: ignore[no-untyped-def]
-    """Equation 4, for sums that are ``unit`` times what they should be."""
-    ratio = (kept / size + RESCALE_EPSILON * unit) / (everything / size + RESCALE_EPSILON * unit)
-    return RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)
+    """Equation 4 with a single division, for sums that are ``unit`` times what they should be."""
+    epsilon = RESCALE_EPSILON * unit * size
+    everything += epsilon
+    return RESCALE_NUMERATOR * everything / (kept + epsilon + RESCALE_OFFSET * everything)
 
 
 # Sums in float64 have no bits to spare for float64: they carry their rounding errors along, in LANES
@@ -511,25 +503,38 @@ def _row_scale(row, memory_format, threshold, buffers, lanes):  # type: ignore[n
 
 
 @_inline
-def _shrink_row(values, threshold, hard, scale, output):  # type: ignore[no-untyped-def]
-    zero = scale - scale  # of the right type; the threshold may be infinite
+def _shrunk(value, threshold, hard, scale):  # type: ignore[no-untyped-def]
+    """Equations 3b or 3c, and 5."""
     if hard:
-        for i in range(values.size):
-            output[i] = scale * values[i] if abs(values[i]) > threshold else zero
-    else:
-        for i in range(values.size):
-            output[i] = scale * (values[i] - min(max(values[i], -threshold), threshold))
+        return scale * value if abs(value) > threshold else scale - scale  # zero of the right type
+    return scale * (value - min(max(value, -threshold), threshold))
+
+
+# Twice each, because LLVM must not take the two arrays for one that overlaps, or it gives up on SIMD.
+
+
+@_inline
+def _shrink_row(values, threshold, hard, scale, output):  # type: ignore[no-untyped-def]
+    for i in range(values.size):
+        output[i] = _shrunk(values[i], threshold, hard, scale)
+
+
+@_inline
+def _shrink_row_in_place(values, threshold, hard, scale):  # type: ignore[no-untyped-def]
+    for i in range(values.size):
+        values[i] = _shrunk(values[i], threshold, hard, scale)
 
 
 @_inline
 def _shrink_columns(values, threshold, hard, scales, output):  # type: ignore[no-untyped-def]
-    zero = scales[0] - scales[0]
-    if hard:
-        for i in range(values.size):
-            output[i] = scales[i] * values[i] if abs(values[i]) > threshold else zero
-    else:
-        for i in range(values.size):
-            output[i] = scales[i] * (values[i] - min(max(values[i], -threshold), threshold))
+    for i in range(values.size):
+        output[i] = _shrunk(values[i], threshold, hard, scales[i])
+
+
+@_inline
+def _shrink_columns_in_place(values, threshold, hard, scales):  # type: ignore[no-untyped-def]
+    for i in range(values.size):
+        values[i] = _shrunk(values[i], threshold, hard, scales[i])
 
 
 @_inline
@@ -558,13 +563,16 @@ def _write(source, target, memory_format, threshold, hard, stream, scales, buffe
         block = bits_buffer[: goal.size] if stream else goal
         values = _load_values(source[start : start + BLOCK], memory_format, values_buffer)
         half = memory_format == FLOAT16 or memory_format == BFLOAT16
-        # In place LLVM has to see one array, or it would fear an overlap and give up on SIMD.
         in_place = half or source.ctypes.data == target.ctypes.data
-        output = values if in_place else block.view(values_buffer.dtype)
-        if scales.size == 1:
-            _shrink_row(values, threshold, hard, scales[0], output)
+        own = scales[start : start + block.size]
+        if scales.size == 1 and in_place:
+            _shrink_row_in_place(values, threshold, hard, scales[0])
+        elif scales.size == 1:
+            _shrink_row(values, threshold, hard, scales[0], block.view(values_buffer.dtype))
+        elif in_place:
+            _shrink_columns_in_place(values, threshold, hard, own)
         else:
-            _shrink_columns(values, threshold, hard, scales[start : start + BLOCK], output)
+            _shrink_columns(values, threshold, hard, own, block.view(values_buffer.dtype))
         if half:
             _store_values(values, memory_format, narrow, block)
         if stream:

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from st3core import kernels, reference, threads
 from st3core._validation import as_channel_axes, as_threshold, as_weights, describe_non_finite
-from st3core.memory import MEMORY_FORMATS, MemoryFormat, memory_order
+from st3core.counting import ArrayCounter
+from st3core.memory import CHUNK, MEMORY_FORMATS, MemoryFormat, memory_order
 from st3core.method import Method, get_method
 
 _STRIPE = 1 << 10
@@ -223,14 +224,30 @@ def apply_units(
         memory: format of all the weights.
         method: its operator and rescale matter here.
     """
-    with np.errstate(over="ignore"):  # a threshold that rounds to infinity zeroes everything, as it should
-        limits = thresholds.astype(memory.dtype).astype(memory.compute)
+    apply_shares(thread_shares(units, memory, method), round_thresholds(thresholds, memory))
+
+
+Share = tuple[NDArray[np.int64], int, np.ndarray, bool, bool, bool]
+"""Units of one thread, and the other arguments of :func:`st3core.kernels.apply` but the thresholds."""
+
+
+def thread_shares(units: NDArray[np.int64], memory: MemoryFormat, method: Method) -> list[Share]:
+    """The units dealt out among the threads, ready for any number of :func:`apply_shares`."""
     work = (units[:, 6] - units[:, 5]) * units[:, 2] * units[:, 4]
     stream = int(work.sum()) * memory.dtype.itemsize >= _STREAM_FROM and _may_stream(units, memory)
     flags = method.operator == "hard", method.rescale == "channel", stream
-    like = np.empty(0, memory.bits)
-    pieces = threads.split(work)
-    threads.run(kernels.apply, [(units[piece], limits, memory.code, like, *flags) for piece in pieces])
+    return [(units[piece], memory.code, np.empty(0, memory.bits), *flags) for piece in threads.split(work)]
+
+
+def round_thresholds(thresholds: NDArray[np.float64], memory: MemoryFormat) -> np.ndarray:
+    """Thresholds rounded to the weights' dtype, in the dtype that kernels compute in."""
+    with np.errstate(over="ignore"):  # one that rounds to infinity zeroes everything, as it should
+        return thresholds.astype(memory.dtype).astype(memory.compute)
+
+
+def apply_shares(shares: Sequence[Share], limits: np.ndarray) -> None:
+    """:func:`apply_units` with everything made ready; ``limits`` from :func:`round_thresholds`."""
+    threads.run(kernels.apply, [(units, limits, *rest) for units, *rest in shares])
 
 
 def _may_stream(units: NDArray[np.int64], memory: MemoryFormat) -> bool:
@@ -262,5 +279,7 @@ def _check_out(out: Any, weight: np.ndarray) -> None:
 
 
 def _check_finite(weight: np.ndarray, function: str) -> None:
-    if not np.isfinite(weight).all():
+    # NumPy's answer is an array of the weight's size.
+    few = weight.size <= CHUNK
+    if not (np.isfinite(weight).all() if few else ArrayCounter([weight], [1.0], ["weight"]).is_finite()):
         raise ValueError(describe_non_finite(weight, function, "weight"))

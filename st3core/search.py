@@ -5,7 +5,7 @@ many in each bin of it, and narrows the interval until the wanted rank has a bin
 will do whose answers are sums over its parts: threads, shards on several machines, an accelerator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from st3core import reference
 from st3core._validation import as_sparsity, as_weights
 from st3core.counting import ArrayCounter
 from st3core.method import Method, get_method
+from st3core.spool import spool
 
 BINS = 1 << 16
 """Bins of one histogram; 512 KiB for each thread."""
@@ -27,8 +28,11 @@ _SAMPLE_SHARE = 1 / 32
 _SAMPLE_MARGIN = 2.5
 """Standard deviations of the sample's quantile: one search in eighty has to look again."""
 
-_FEW, _FEW_SHARE = 128, 1 << 15
+_FEW, _FEW_SHARE = 32, 1 << 15
 """A forecast aims at this many keys on either side, or at this share of all."""
+
+_SORTED = 512
+"""Keys that are sorted sooner than partitioned."""
 
 
 class Counter(Protocol):
@@ -63,7 +67,7 @@ class Counter(Protocol):
 
 
 def find_thresholds(
-    weights: Sequence[np.ndarray], sparsity: float, method: str | Method = "st3"
+    weights: Iterable[np.ndarray], sparsity: float, method: str | Method = "st3"
 ) -> NDArray[np.float64]:
     r"""Threshold of every tensor for one global sparsity (spec, equation 2).
 
@@ -71,11 +75,13 @@ def find_thresholds(
 
     with the order statistics :math:`e_1 = m_{(k)}, e_2 = m_{(k+1)}` of all magnitudes, and
     :math:`\lambda_i = \lambda \sigma_i` for tensor :math:`i`. Exact for any number of weights: the
-    weights are counted where they lie, never sorted, copied or concatenated.
+    weights are counted where they lie, never sorted, copied or concatenated, and the extra memory is a
+    few megabytes for any number of them.
 
     Args:
-        weights: arrays of float16, bfloat16, float32 or float64, of any shapes and strides; never
-            written to. One that has no elements gets a threshold too.
+        weights: arrays of float16, bfloat16, float32 or float64, of any shapes and strides, memory-mapped
+            ones too; never written to. One that has no elements gets a threshold too. A generator of
+            arrays needs to hold only one of them at a time: it is read once, into a temporary file.
         sparsity: share of zeros :math:`s` in [0, 1).
         method: name of a preset, or a :class:`~st3core.Method`; its score matters here.
 
@@ -84,7 +90,7 @@ def find_thresholds(
         ``sparsity == 0``. Rounded to the tensor's dtype it separates the same weights.
 
     Raises:
-        TypeError: ``weights`` is not a sequence of such arrays, or ``sparsity`` is not a number.
+        TypeError: ``weights`` does not hold such arrays, or ``sparsity`` is not a number.
         ValueError: ``weights`` holds no weight at all, or a NaN or infinite one; ``sparsity`` is
             outside [0, 1); ``method`` is unknown.
 
@@ -222,7 +228,10 @@ def _pick(counter: Counter, keys: np.ndarray, index: int, forecast: Forecast | N
     """Keys number ``index`` and ``index + 1`` in order; ``keys`` is an interval's worth of them."""
     few = max(_FEW, counter.size // _FEW_SHARE)
     around = [max(index - few, 0), index, min(index + 1, len(keys) - 1), min(index + few, len(keys) - 1)]
-    keys.partition(around)
+    if len(keys) <= _SORTED:
+        keys.sort()
+    else:
+        keys.partition(around)
     left, key, following, right = (int(keys[i]) for i in around)
     if forecast:
         magnitude = counter.magnitude(key)
@@ -248,16 +257,23 @@ def tensor_thresholds(
     threshold: float, e1: float, e2: float, units: Sequence[float], dtypes: Sequence[np.dtype[Any]]
 ) -> NDArray[np.float64]:
     """:func:`st3core.reference.tensor_threshold` of every tensor, each distinct case once."""
-    cases = list(zip(dtypes, units, strict=True))
-    known = {case: reference.tensor_threshold(*case, e1, e2, threshold) for case in set(cases)}
-    return np.array([known[case] for case in cases])
+    known: dict[tuple[int, float], float] = {}
+    thresholds: list[float] = []
+    for case in zip(map(id, dtypes), units, strict=True):  # dtypes themselves are slow to compare
+        if case not in known:
+            dtype, unit = dtypes[len(thresholds)], case[1]
+            plain = unit == 1 and e1 <= float(dtype.type(threshold)) < e2  # what the function below sees to
+            known[case] = threshold if plain else reference.tensor_threshold(dtype, unit, e1, e2, threshold)
+        thresholds.append(known[case])
+    return np.array(thresholds)
 
 
-def _as_arrays(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
-    if isinstance(weights, np.ndarray) or not hasattr(weights, "__iter__"):
+def _as_arrays(weights: Iterable[np.ndarray]) -> list[np.ndarray]:
+    if isinstance(weights, np.ndarray) or not isinstance(weights, Iterable):
         kind = type(weights).__name__
         raise TypeError(f"find_thresholds: weights must be a sequence of NumPy arrays, got {kind}")
-    arrays = list(weights)
+    checked = (as_weights(array, "find_thresholds", f"weights[{i}]") for i, array in enumerate(weights))
+    arrays = spool(checked) if isinstance(weights, Iterator) else list(checked)
     if not arrays:
         raise ValueError("find_thresholds: weights must hold at least one array, got an empty sequence")
-    return [as_weights(array, "find_thresholds", f"weights[{i}]") for i, array in enumerate(arrays)]
+    return arrays

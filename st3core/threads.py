@@ -23,9 +23,17 @@ SERIAL_BELOW = 1 << 18
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
+_limits: list[Callable[[], int]] = []
+
+
+def limit_by(count: Callable[[], int]) -> None:
+    """Let a framework with threads of its own say, at every call, how many may be used."""
+    _limits.append(count)
+
+
 def thread_count() -> int:
-    """Threads that a call may use: one for each core, or ``NUMBA_NUM_THREADS``."""
-    return int(config.NUMBA_NUM_THREADS)
+    """Threads that a call may use: one for each core, or ``NUMBA_NUM_THREADS``; fewer if a framework says so."""
+    return min([int(config.NUMBA_NUM_THREADS), *[limit() for limit in _limits]])
 
 
 def _forget_pools() -> None:

@@ -1,3 +1,5 @@
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -13,3 +15,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if core in item.path.parents:
             item.add_marker(pytest.mark.core)
+
+
+@pytest.fixture
+def peak_memory() -> Callable[[Callable[[], object]], int]:
+    """Measures the bytes that a call takes at its peak; the first call, which may compile, does not count."""
+
+    def measure(call: Callable[[], object]) -> int:
+        call()
+        tracemalloc.start()
+        try:
+            call()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    return measure

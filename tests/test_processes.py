@@ -1,10 +1,12 @@
 """Several threads, forked and spawned processes: no crash, no wrong bit. Compiled only, for enough work."""
 
+import importlib
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from numba import config
 
 from st3core import find_thresholds, reference, sparsify, threads
 
@@ -47,3 +49,17 @@ def test_many_callers_at_once():
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(outcome, shares))
     assert found == [expected[share] for share in shares]
+
+
+def test_torch_limits_the_threads(monkeypatch):
+    monkeypatch.undo()
+    torch, before = pytest.importorskip("torch"), threads.thread_count()
+    importlib.import_module("st3_torch")
+    allowed = torch.get_num_threads()
+    try:
+        for count in (1, 2, 64):
+            torch.set_num_threads(count)
+            assert threads.thread_count() == min(count, config.NUMBA_NUM_THREADS)
+    finally:
+        torch.set_num_threads(allowed)
+    assert threads.thread_count() == min(before, allowed)

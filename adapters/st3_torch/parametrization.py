@@ -131,17 +131,26 @@ def _with_shortcut(tensor_name: str, computing: property) -> property:
     return property(get, computing.fset)
 
 
-def set_ready(site: Site, weight: torch.Tensor) -> None:
-    """Let the module use this forward weight until :func:`clear_ready`, if it is what the tensor is made of."""
+Slot = tuple[dict[str, Any], str, dict[str, Any]]
+"""Where a module looks for a forward weight that is there already; and the parametrizations it stands for."""
+
+
+def slot(site: Site) -> Slot:
+    """The site's place for :func:`set_ready`."""
     lists: Any = site.module._modules["parametrizations"]
-    if len(lists._modules[site.tensor_name]._modules) > 1:  # somebody has put another parametrization on top
-        return
-    site.module.__dict__[_key(site.tensor_name)] = weight
+    return site.module.__dict__, _key(site.tensor_name), lists._modules[site.tensor_name]._modules
 
 
-def clear_ready(site: Site) -> None:
+def set_ready(place: Slot, weight: torch.Tensor) -> None:
+    """Let the module use this forward weight until :func:`clear_ready`, if it is what the tensor is made of."""
+    attributes, key, parametrizations = place
+    if len(parametrizations) == 1:  # else somebody has put another parametrization on top
+        attributes[key] = weight
+
+
+def clear_ready(place: Slot) -> None:
     """Let the module compute its forward weight again at each use."""
-    site.module.__dict__.pop(_key(site.tensor_name), None)
+    place[0].pop(place[1], None)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """All of a model's CPU weights at once: one call to find the threshold, one to apply it."""
 
-import weakref
 from collections.abc import Sequence
+from operator import is_, itemgetter
 
 import numpy as np
 import torch
@@ -9,11 +9,15 @@ from numpy.typing import NDArray
 
 from st3_torch.layers import ChannelLayout
 from st3_torch.memory import as_array, on_cpu
+from st3_torch.parametrization import SparseWeight
+from st3core import threads
 from st3core.counting import ArrayCounter
-from st3core.memory import MEMORY_FORMATS, memory_order
+from st3core.memory import MEMORY_FORMATS, MemoryFormat, memory_order
 from st3core.method import Method
-from st3core.operators import apply_units, is_walkable, unit_table
+from st3core.operators import apply_shares, is_walkable, round_thresholds, thread_shares, unit_table
 from st3core.search import Forecast, count_thresholds, tensor_units
+
+_buffer = itemgetter("threshold")
 
 
 def can_plan(raw: Sequence[torch.Tensor], layouts: Sequence[ChannelLayout]) -> bool:
@@ -26,14 +30,14 @@ def can_plan(raw: Sequence[torch.Tensor], layouts: Sequence[ChannelLayout]) -> b
 
 
 class Plan:
-    """Where the raw weights lie, and room for their forward weights.
+    """Where the raw weights lie, and room for their thresholds and forward weights.
 
     Made once and used at every step, as long as :meth:`fits`. Nothing in it is part of the state of
     training: a copy of a model makes a plan of its own.
 
     Args:
         raw: CPU tensors.
-        layouts: where the output channels of each are.
+        parametrizations: of each; their threshold buffers become views of the plan's.
         names: what to call each in an error message.
         method: what to compute.
         forecast: where the next threshold probably is.
@@ -42,59 +46,94 @@ class Plan:
     def __init__(
         self,
         raw: Sequence[torch.Tensor],
-        layouts: Sequence[ChannelLayout],
+        parametrizations: Sequence[SparseWeight],
         names: Sequence[str],
         method: Method,
         forecast: Forecast,
     ) -> None:
-        self._method, self._forecast = method, forecast
-        self._tensors = [weakref.ref(weight) for weight in raw]
-        self._addresses = [weight.data_ptr() for weight in raw]
-        self._kinds = [(weight.dtype, weight.shape, weight.stride()) for weight in raw]
+        self._forecast = forecast
+        self._buffers = [parametrization._buffers for parametrization in parametrizations]
         arrays = [as_array(weight.detach()) for weight in raw]
         self._dtypes = [array.dtype for array in arrays]
         self._units = tensor_units([array.shape for array in arrays], self._dtypes, method)
         self._counter = ArrayCounter(arrays, self._units, names)
-        self._computed: tuple[list[int], bytes] | None = None
+        self._computed: object = None
         with torch.inference_mode(False):  # training may come later
             self.forward = [torch.empty_like(weight) for weight in raw]
-        self._tables = _tables(raw, self.forward, layouts)
+            layouts = [parametrization.layout for parametrization in parametrizations]
+            formats = [MEMORY_FORMATS[name] for name in dict.fromkeys(array.dtype.name for array in arrays)]
+            self._groups = [_Group(memory, raw, self.forward, layouts, self._buffers, method) for memory in formats]
+        # What has to stay as it is. Views keep the memory, so that it can't have become another tensor's.
+        self._views, self._limits = [weight.detach() for weight in raw], list(map(_buffer, self._buffers))
+        self._addresses = [weight.data_ptr() for weight in raw]
 
     def fits(self, raw: Sequence[torch.Tensor]) -> bool:
         """Whether these are the tensors that the plan was made for, where they were, and of the same kind."""
-        # An address alone may be that of another tensor by now.
-        if any(known() is not weight for known, weight in zip(self._tensors, raw, strict=True)):
-            return False
-        if self._addresses != [weight.data_ptr() for weight in raw]:
-            return False
-        return all(k == (w.dtype, w.shape, w.stride()) for k, w in zip(self._kinds, raw, strict=True))
+        return (  # by map, since this is asked at every step
+            list(map(torch.Tensor.data_ptr, raw)) == self._addresses
+            and all(map(torch.Tensor.is_set_to, self._views, raw))
+            and all(map(is_, self._limits, map(_buffer, self._buffers)))
+        )
 
     def find_thresholds(self, sparsity: float) -> NDArray[np.float64]:
         """Threshold of every weight; see :func:`st3core.find_thresholds`."""
         return count_thresholds(self._counter, sparsity, self._units, self._dtypes, self._forecast)
 
-    def compute_forward(self, raw: Sequence[torch.Tensor], thresholds: NDArray[np.float64]) -> None:
+    def set_thresholds(self, thresholds: NDArray[np.float64]) -> None:
+        """Write the thresholds into the parametrizations' buffers."""
+        for group in self._groups:
+            group.set_thresholds(thresholds)
+
+    def compute_forward(self, raw: Sequence[torch.Tensor]) -> None:
         """Write the forward weight of every raw weight into :attr:`forward`."""
-        source = [weight._version for weight in raw], thresholds.tobytes()
+        source = [weight._version for weight in raw], [group.limits.tobytes() for group in self._groups]
         if source != self._computed:  # a graph that still needs the old ones must notice
-            for weight in self.forward:
-                torch.autograd.graph.increment_version(weight)
+            torch.autograd.graph.increment_version(self.forward)
             self._computed = source
-        for name, units in self._tables.items():
-            apply_units(units, thresholds, MEMORY_FORMATS[name], self._method)
+        for group in self._groups:
+            group.compute_forward()
 
 
-def _tables(
-    raw: Sequence[torch.Tensor], forward: Sequence[torch.Tensor], layouts: Sequence[ChannelLayout]
-) -> dict[str, NDArray[np.int64]]:
-    """Rows of :func:`st3core.operators.unit_table` for all weights, by the name of their format."""
-    rows: dict[str, list[NDArray[np.int64]]] = {}
-    for index, (weight, output, layout) in enumerate(zip(raw, forward, layouts, strict=True)):
-        array, axes = as_array(layout.grouped(weight.detach())), layout.channel_axes
-        order = memory_order(array) or ()
-        shape = [array.shape[axis] for axis in order]
-        channel_axes = [order.index(axis) for axis in axes]
-        addresses = (weight.data_ptr(), output.data_ptr())
-        table = unit_table(addresses, array.dtype.itemsize, shape, channel_axes, index)
-        rows.setdefault(array.dtype.name, []).append(table)
-    return {name: np.concatenate(tables) for name, tables in rows.items()}
+class _Group:
+    """The weights of one memory format."""
+
+    def __init__(
+        self,
+        memory: MemoryFormat,
+        raw: Sequence[torch.Tensor],
+        forward: Sequence[torch.Tensor],
+        layouts: Sequence[ChannelLayout],
+        buffers: Sequence[dict[str, torch.Tensor | None]],
+        method: Method,
+    ) -> None:
+        self._memory, self._method, tables = memory, method, []
+        self._members = [index for index, weight in enumerate(raw) if as_array(weight.detach()).dtype == memory.dtype]
+        for place, index in enumerate(self._members):
+            tables.append(_table(raw[index], forward[index], layouts[index], place))
+        self._units = np.concatenate(tables)
+        self._shares = thread_shares(self._units, memory, method)
+        self._threads = threads.thread_count()
+        old = [buffers[index]["threshold"] for index in self._members]
+        self._thresholds = torch.stack([threshold.detach() for threshold in old if threshold is not None])
+        self.limits = as_array(self._thresholds)
+        for index, view in zip(self._members, self._thresholds.unbind(), strict=True):
+            buffers[index]["threshold"] = view
+
+    def set_thresholds(self, thresholds: NDArray[np.float64]) -> None:
+        # By NumPy: on the way to half precision PyTorch would round to float32 first.
+        rounded = round_thresholds(thresholds[self._members], self._memory)
+        self._thresholds.copy_(torch.from_numpy(rounded))
+
+    def compute_forward(self) -> None:
+        if self._threads != threads.thread_count():
+            self._shares, self._threads = thread_shares(self._units, self._memory, self._method), threads.thread_count()
+        apply_shares(self._shares, self.limits)
+
+
+def _table(weight: torch.Tensor, output: torch.Tensor, layout: ChannelLayout, place: int) -> NDArray[np.int64]:
+    """Rows of :func:`st3core.operators.unit_table` for one weight."""
+    array = as_array(layout.grouped(weight.detach()))
+    order = memory_order(array) or ()
+    channel_axes = [order.index(axis) for axis in layout.channel_axes]
+    addresses, shape = (weight.data_ptr(), output.data_ptr()), [array.shape[axis] for axis in order]
+    return unit_table(addresses, array.dtype.itemsize, shape, channel_axes, place)

@@ -17,11 +17,13 @@ from st3_torch.layers import Rule, Site, channel_layout, find_kernels
 from st3_torch.memory import NUMPY_DTYPES, as_array
 from st3_torch.memory import on_cpu as _on_cpu
 from st3_torch.operator import AllForwardWeights
-from st3_torch.parametrization import SparseWeight, attach, clear_ready, detach, raw_parameter, set_ready
+from st3_torch.parametrization import Slot, SparseWeight, attach, clear_ready, detach, raw_parameter, set_ready, slot
 from st3_torch.plan import Plan, can_plan
 from st3_torch.state import check_state
 from st3core import PolynomialSchedule
+from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method, get_method
+from st3core.operators import round_thresholds
 from st3core.report import LayerReport, Report
 from st3core.search import Forecast, count_thresholds, find_named_thresholds, tensor_units
 
@@ -120,12 +122,13 @@ class Sparsifier:
         self._applied_sparsity = self.schedule(0)
         self._kernels = [_attach(name, sites, self.method) for name, sites in kernels.items()]
         self._plan: Plan | None = None
+        self._slots: list[list[Slot]] | None = None
         self._forecast = Forecast()
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, prepend=True),
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
-        self._set_thresholds(first)
+        self._set_thresholds(first, self._fitting_plan(self._raw()))
 
     def step(self) -> None:
         """Count one completed optimizer step and renew the threshold; call it after ``optimizer.step()``.
@@ -137,8 +140,10 @@ class Sparsifier:
         self._require_open("step")
         step = self._step + 1
         if not self._frozen and self.schedule.is_update_step(step):
-            self._set_thresholds(self._find_thresholds(self.schedule(step)))
-            self._applied_sparsity = self.schedule(step)
+            raw, target = self._raw(), self.schedule(step)
+            plan = self._fitting_plan(raw)
+            self._set_thresholds(self._find_thresholds(raw, target, plan), plan)
+            self._applied_sparsity = target
         self._step = step
 
     @property
@@ -243,7 +248,8 @@ class Sparsifier:
         self._require_open("load_state_dict")
         check_state(self.state_dict(), state)
         self._step, self._applied_sparsity = state["step"], state["applied_sparsity"]
-        self._set_thresholds(np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64))
+        thresholds = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
+        self._set_thresholds(thresholds, self._fitting_plan(self._raw()))
         self._frozen = bool(state["masks"])
         for kernel in self._kernels:
             mask = state["masks"].get(kernel.name)
@@ -259,32 +265,33 @@ class Sparsifier:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # addresses; a copy has others
+        return {**self.__dict__, "_plan": None, "_slots": None}  # addresses; a copy has others
 
-    def _find_thresholds(self, sparsity: float) -> NDArray[np.float64]:
-        raw: list[torch.Tensor] = [kernel.raw for kernel in self._kernels]
-        plan = self._fitting_plan(raw)
+    def _raw(self) -> list[torch.Tensor]:
+        return [kernel.raw for kernel in self._kernels]
+
+    def _find_thresholds(self, raw: Sequence[torch.Tensor], sparsity: float, plan: Plan | None) -> NDArray[np.float64]:
         if plan is not None:
             return plan.find_thresholds(sparsity)
         return _find_thresholds({k.name: w for k, w in zip(self._kernels, raw, strict=True)}, sparsity, self.method)
 
-    def _set_thresholds(self, thresholds: NDArray[np.float64]) -> None:
+    def _set_thresholds(self, thresholds: NDArray[np.float64], plan: Plan | None) -> None:
         self._thresholds = thresholds
-        limits = [kernel.parametrization.threshold for kernel in self._kernels]
-        # By NumPy, once: on the way to half precision PyTorch would round to float32 first.
-        dtypes = [NUMPY_DTYPES[kernel.raw.dtype] for kernel in self._kernels]
-        with np.errstate(over="ignore"):
-            rounded = {dtype: thresholds.astype(dtype).astype(np.float64) for dtype in set(dtypes)}
-        values = [rounded[dtype][index] for index, dtype in enumerate(dtypes)]
-        torch._foreach_copy_(limits, list(torch.tensor(values, dtype=torch.float64).unbind()))
+        if plan is not None:
+            plan.set_thresholds(thresholds)
+            return
+        for kernel, threshold in zip(self._kernels, thresholds, strict=True):
+            memory = MEMORY_FORMATS[NUMPY_DTYPES[kernel.raw.dtype].name]
+            limit = round_thresholds(threshold[None], memory)[0]
+            kernel.parametrization.threshold.fill_(float(limit))
 
     def _fitting_plan(self, raw: Sequence[torch.Tensor]) -> Plan | None:
         if self._plan is not None and self._plan.fits(raw):
             return self._plan
-        layouts = [kernel.parametrization.layout for kernel in self._kernels]
+        parametrizations = [kernel.parametrization for kernel in self._kernels]
         names = [kernel.name for kernel in self._kernels]
-        possible = can_plan(raw, layouts)
-        self._plan = Plan(raw, layouts, names, self.method, self._forecast) if possible else None
+        possible = can_plan(raw, [parametrization.layout for parametrization in parametrizations])
+        self._plan = Plan(raw, parametrizations, names, self.method, self._forecast) if possible else None
         return self._plan
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
@@ -293,27 +300,28 @@ class Sparsifier:
             return
         if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
             return
-        raw: list[torch.Tensor] = [kernel.raw for kernel in self._kernels]
+        raw = self._raw()
         plan = self._fitting_plan(raw)
         if plan is None:
             return
-        # From the buffers: they are what copies of a model keep up to date.
-        plan.compute_forward(raw, np.array([float(kernel.parametrization.threshold) for kernel in self._kernels]))
+        plan.compute_forward(raw)
         ready: Sequence[torch.Tensor] = plan.forward
         if torch.is_grad_enabled():
             ready = AllForwardWeights.apply(plan.forward, *raw)  # type: ignore[no-untyped-call]
-        for kernel, weight in zip(self._kernels, ready, strict=True):
-            for site in kernel.sites:
-                set_ready(site, weight)
+        if self._slots is None:
+            self._slots = [[slot(site) for site in kernel.sites] for kernel in self._kernels]
+        for places, weight in zip(self._slots, ready, strict=True):
+            for place in places:
+                set_ready(place, weight)
 
     def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._clear_ready()
 
     def _clear_ready(self) -> None:
-        for kernel in self._kernels:
-            for site in kernel.sites:
-                clear_ready(site)
+        for places in self._slots or ():
+            for place in places:
+                clear_ready(place)
 
     def _require_open(self, member: str) -> None:
         if self._finalized:

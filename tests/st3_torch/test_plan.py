@@ -312,3 +312,52 @@ def test_finalize_takes_the_hooks_away():
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
     assert not any(key.startswith("_forward_") and key.endswith("weight") for m in model.modules() for key in vars(m))
+
+
+def transposed_in_place(raw):
+    raw.data = raw.data.t()
+
+
+def moved_by_its_storage(raw):
+    values, storage = raw.detach().clone(), raw.untyped_storage()
+    storage.resize_(0)
+    blockers = [torch.empty_like(values) for _ in range(8)]  # take the memory that was just given back
+    storage.resize_(1 << 20)
+    raw.data.copy_(values)
+    assert blockers
+
+
+def turned_into_half(raw):
+    raw.data = (raw.data * 10).to(torch.float16)
+
+
+def replaced_by_another(raw):
+    raw.data = raw.data.clone() * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [transposed_in_place, moved_by_its_storage, turned_into_half, replaced_by_another],
+    ids=lambda c: c.__name__,
+)
+def test_memory_that_changes_under_the_plan(change):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    sp = Sparsifier(model, ramp(0.5, end=0), "st3")
+    sp.step()
+    raw = model[0].parametrizations.weight.original
+    model(torch.eye(64))
+    change(raw)
+    sp.step()
+    found = model(torch.eye(64, dtype=raw.dtype)).t()
+    array = raw.detach().contiguous().numpy()
+    expected = st3core.sparsify(array, st3core.find_thresholds([array], 0.5)[0])
+    assert torch.equal(found, torch.from_numpy(expected).to(raw.dtype))
+
+
+def test_the_buffers_decide_about_the_threshold():
+    model, _ = sparse_net()
+    parametrization = model[6].parametrizations.weight[0]
+    parametrization.threshold = torch.tensor(0.02)
+    images = batch()[0]
+    expected = st3core.sparsify(model[6].parametrizations.weight.original.detach().numpy(), 0.02)
+    assert torch.equal(seen_by_the_layer(model, images), torch.from_numpy(expected))

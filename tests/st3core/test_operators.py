@@ -252,3 +252,31 @@ def test_worked_example():
     np.testing.assert_allclose(
         sparsify(weight, 0.5), 1.01 / (ratio + 0.01) * np.array([[-1.0, 0.0, 0.0, 1.5]]), rtol=1e-15
     )
+
+
+@given(cases(), st.booleans())
+def test_streamed_results_are_the_same(case, misaligned):
+    weight, threshold, method, axes = case
+    memory = np.empty(weight.size * weight.itemsize + 1, np.uint8)[int(misaligned) :]
+    out = memory[: weight.size * weight.itemsize].view(weight.dtype).reshape(weight.shape)
+    expected = sparsify(weight, threshold, method, channel_axis=axis_argument(axes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "_STREAM_FROM", 0)
+        found = sparsify(weight, threshold, method, channel_axis=axis_argument(axes), out=out)
+        anew = sparsify(weight, threshold, method, channel_axis=axis_argument(axes))
+    assert found.tobytes() == anew.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS[::2], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_streamed_lines_and_their_edges(dtype, method, offset, monkeypatch):
+    monkeypatch.setattr(operators, "_STREAM_FROM", 0)
+    weight = np.random.default_rng(0).standard_normal((3, 2500)).astype(dtype)
+    room = np.full(weight.size + offset + 100, dtype.type(7))
+    out = room[offset : offset + weight.size].reshape(weight.shape)
+    sparsify(weight, 0.5, method, out=out)
+    monkeypatch.undo()
+    assert out.tobytes() == sparsify(weight, 0.5, method).tobytes()
+    assert (room[:offset] == 7).all()
+    assert (room[offset + weight.size :] == 7).all()

@@ -200,3 +200,38 @@ def test_threshold_rounded_to_float32_stays_below_the_next_weight():
     array = np.array([one, above])
     threshold = find_thresholds([array], 0.9)[0]  # rounds to `above`, were it not held back
     assert np.float32(threshold) == one
+
+
+@given(weight_lists(huge=False), sparsities, methods)
+def test_generators_are_read_once(arrays, sparsity, method):
+    expected = find_thresholds(arrays, sparsity, method)
+    assert find_thresholds((array for array in arrays), sparsity, method).tobytes() == expected.tobytes()
+
+
+def test_generator_that_yields_nothing_or_nonsense():
+    with pytest.raises(ValueError, match="must hold at least one array"):
+        find_thresholds(iter(()), 0.5)
+    with pytest.raises(TypeError, match=r"weights\[1\] must be a NumPy array"):
+        find_thresholds((w for w in (np.ones(3), [1.0])), 0.5)
+
+
+@given(weight_lists(huge=False), st.data())
+def test_every_answer_is_a_count_of_keys(arrays, data):
+    """Gather, histogram and successor, against the keys written down one by one."""
+    method = data.draw(methods)
+    units = search.tensor_units([a.shape for a in arrays], [a.dtype for a in arrays], get_method(method))
+    counter = counting.ArrayCounter(arrays, units, ["w"] * len(arrays))
+    keys = sorted(counter.key(m) for m in magnitudes_of(arrays, method).tolist())
+    ends = st.one_of(st.sampled_from(keys), st.integers(0, counter.infinity))
+    low, high = sorted((data.draw(ends), data.draw(ends)))
+    inside = [key for key in keys if low <= key < high]
+    below, count, gathered = counter.gather(low, high, len(keys))
+    assert (below, count) == (sum(key < low for key in keys), len(inside))
+    assert sorted(gathered.tolist()) == inside
+    if low < high:
+        shift = max((high - 1 - low).bit_length() - 6, 0)
+        below_again, bins = counter.histogram(low, high, shift)
+        assert below_again == below
+        assert bins.tolist() == [sum((key - low) >> shift == b for key in inside) for b in range(len(bins))]
+    if low < counter.infinity:
+        assert counter.successor(low) == min([key for key in keys if key > low], default=counter.infinity)

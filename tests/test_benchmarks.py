@@ -1,0 +1,98 @@
+"""What `make bench` has written agrees with its figures, and what it times computes the same as the library."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import alternatives, bounds, network, page, shapes, sizes, step, timing
+from st3core import find_thresholds, sparsify
+
+FIGURES = json.loads(page.RESULTS.read_text(encoding="utf-8"))
+WEIGHTS = shapes.he_normal([(8, 3, 3, 3), (16, 8, 3, 3), (10, 16)])
+
+
+def test_page_is_what_the_figures_make():
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(FIGURES)
+
+
+def test_readme_table_is_what_the_figures_make():
+    readme = page.README.read_text(encoding="utf-8")
+    assert page.with_table(readme, page.readme_table(FIGURES)) == readme
+
+
+def test_with_table_wants_one_place():
+    with pytest.raises(ValueError, match="must have one marked table, got 0"):
+        page.with_table("# Speed\n", "| a |")
+
+
+def test_every_part_has_been_measured():
+    assert list(FIGURES["parts"]) == list(page.GRIDS)
+    assert len(bounds.grid(FIGURES["parts"]).rows) == len(bounds.BOUNDS)
+
+
+def test_network_has_the_kernels_that_are_timed():
+    with torch.device("meta"):
+        model = network.resnet50()
+    found = [tuple(p.shape) for p in model.parameters() if p.ndim > 1]
+    assert sorted(found) == sorted(shapes.resnet50())
+
+
+def test_alternatives_compute_the_same():
+    threshold = float(find_thresholds(WEIGHTS, 0.9)[0])
+    tensors = [torch.from_numpy(w) for w in WEIGHTS]
+    for weight, found in zip(WEIGHTS, alternatives.sort_mask_apply(tensors, 0.9), strict=True):
+        expected = sparsify(weight, threshold)
+        assert ((found.numpy() == 0) == (expected == 0)).all()
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)  # means of at most 144 weights in float32
+
+
+def test_global_pruning_can_be_repeated():
+    tensors = [torch.from_numpy(w) for w in WEIGHTS]
+    before = [w.copy() for w in WEIGHTS]
+    prune, reset = alternatives.global_pruning(tensors, 0.9)
+    for _ in range(2):
+        reset()
+        prune()
+    assert all((w == b).all() for w, b in zip(WEIGHTS, before, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_operator_computes_the_same(channels_last):
+    weights = shapes.keras_layout(WEIGHTS) if channels_last else WEIGHTS
+    axis, outputs = -1 if channels_last else 0, [np.full_like(w, np.nan) for w in weights]
+    thresholds = step.cold_search(weights, 0.9)()
+    step.operator(weights, outputs, channel_axis=axis)(thresholds)
+    for weight, threshold, output in zip(weights, thresholds.tolist(), outputs, strict=True):
+        assert (output == sparsify(weight, threshold, channel_axis=axis)).all()
+
+
+def test_warm_search_ends_where_the_cold_one_is():
+    search = step.warm_search(WEIGHTS, 0.9)
+    for _ in range(1000):
+        found = search()
+    assert found.tolist() == step.cold_search(WEIGHTS, 0.9)().tolist()
+
+
+def test_interleaved_times_each_call_after_an_untimed_one():
+    calls = []
+    candidates = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = timing.interleaved(candidates, 2, repeats=3, resets={"b": lambda: calls.append("reset")})
+    assert calls == [*"aaaa", "reset", "b", "reset", *"bbb"] * 2
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_alternating_turns_the_order_around():
+    calls = []
+    timing.alternating({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == [*"ab", *"ba", *"ab"]
+
+
+def test_ratios_are_formed_within_a_round():
+    seconds = {"x": [2.0, 40.0, 6.0], "a": [1.0, 10.0, 1.0], "b": [1.0, 10.0, 1.0]}
+    assert timing.ratios(seconds, "x", ["a", "b"]) == {"median": 2.0, "quartile_1": 1.5, "quartile_3": 2.5}
+
+
+def test_traced_peak_sees_what_a_call_allocates():
+    assert sizes.traced_peak(lambda: np.ones(10**6)) > 8 * 10**6
