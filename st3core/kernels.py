@@ -591,7 +591,7 @@ def _apply_rows(source, target, memory_format, threshold, hard, rescale, stream,
 
 
 @_inline
-def _apply_columns(source, target, memory_format, threshold, hard, rescale, stream, layout, buffers):  # type: ignore[no-untyped-def]
+def _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers):  # type: ignore[no-untyped-def]
     """Channels that alternate ``repeats`` times; as many repeats at once as make a long enough loop."""
     repeats, stride, start, stop, size = layout
     width = (stop - start) * size
@@ -618,7 +618,8 @@ def _apply_columns(source, target, memory_format, threshold, hard, rescale, stre
     for b in range(0, repeats, group):
         first = b * stride + start * size
         last = first + min(group, repeats - b) * width
-        _write(source[first:last], target[first:last], memory_format, threshold, hard, stream, scales, buffers)
+        # Not streamed: the lines that are read for the second time would have to come from further away.
+        _write(source[first:last], target[first:last], memory_format, threshold, hard, False, scales, buffers)
 
 
 @_jit
@@ -662,12 +663,15 @@ def apply(units, thresholds, memory_format, source_like, hard, rescale, stream):
             for b in range(repeats):
                 first, last = (b * channels + start) * size, (b * channels + stop) * size
                 target[first:last] = source[first:last]
+        elif not rescale and stop - start == channels:
+            whole = source.size
+            _apply_rows(source, target, memory_format, threshold, hard, rescale, stream, whole, buffers, lanes, scales)
         elif repeats == 1:
             source, target = source[start * size : stop * size], target[start * size : stop * size]
             _apply_rows(source, target, memory_format, threshold, hard, rescale, stream, size, buffers, lanes, scales)
         else:
             layout = (repeats, channels * size, start, stop, size)
-            _apply_columns(source, target, memory_format, threshold, hard, rescale, stream, layout, buffers)
+            _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers)
     if stream:
         _end_of_stream()
     memory[0] = 0  # still in use up to here

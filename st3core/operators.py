@@ -12,7 +12,7 @@ from st3core.counting import ArrayCounter
 from st3core.memory import CHUNK, MEMORY_FORMATS, MemoryFormat, memory_order
 from st3core.method import Method, get_method
 
-_STRIPE = 1 << 10
+_STRIPE = 1 << 11
 """Elements of the innermost axes that a unit of work takes where channels are interleaved."""
 
 _ROWS = 1 << 15

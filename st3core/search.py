@@ -24,7 +24,7 @@ CAPACITY = 3 << 16
 """Keys that are gathered and partitioned; more of them are narrowed down by a histogram first."""
 
 _SAMPLE = 1 << 17
-_SAMPLE_SHARE = 1 / 32
+_SAMPLE_SHARE = 1 / 64
 _SAMPLE_MARGIN = 2.5
 """Standard deviations of the sample's quantile: one search in eighty has to look again."""
 
