@@ -1,5 +1,7 @@
 """Steps of training in PyTorch, dense and sparse by turns."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from benchmarks.grid import Grid, number, with_spread
 from benchmarks.network import resnet50, small_layers
 from benchmarks.timing import Call, Row, Seconds, alternating, quartiles, ratios
 from st3_torch import PolynomialSchedule, Sparsifier
+from st3core import threads
 
 RESNET, SMALL = "ResNet-50, batch 8 of 96 × 96", "20 linear layers of 50 × 50, batch 8"
 _PAIRS, _BLOCKS, _BLOCK = 30, 40, 50
@@ -20,13 +23,13 @@ def measure(sparsity: float, rounds: int) -> dict[str, Any]:
     """Ratio and difference of a sparse and a dense step; ``rounds`` below the usual ones make it shorter."""
     images, labels = torch.randn(8, 3, 96, 96), torch.randint(1000, (8,))
     pairs, blocks = min(_PAIRS, 2 * rounds), min(_BLOCKS, 4 * rounds)
-    large = alternating(_steps(resnet50, images, labels, sparsity, pairs), pairs)
+    large = alternating(_steps(resnet50, images, labels, sparsity), pairs)
     vectors, classes = torch.randn(8, 50), torch.randint(50, (8,))
-    small_steps = _steps(small_layers, vectors, classes, sparsity, blocks * _BLOCK)
+    small_steps = _steps(small_layers, vectors, classes, sparsity)
     small = alternating(small_steps, blocks, repeats=_BLOCK)
     return {
         RESNET: {"rounds": pairs, "calls_a_round": 1, **_figures(large)},
-        SMALL: {"rounds": blocks, "calls_a_round": _BLOCK, **_figures(small)},
+        SMALL: {"rounds": blocks, "calls_a_round": _BLOCK, **_figures(small), "parts": _parts(sparsity, blocks * 10)},
     }
 
 
@@ -37,12 +40,20 @@ def grids(figures: dict[str, Any]) -> list[Grid]:
         (name, with_spread(own["ratio"]), with_spread(own["added_microseconds"]), number(own["dense_milliseconds"]))
         for name, own in figures.items()
     )
-    return [Grid("A training step in PyTorch", columns, tuple(rows))]
+    parts = figures[SMALL]["parts"]
+    return [
+        Grid("A training step in PyTorch", columns, tuple(rows)),
+        Grid(
+            "Where the added time of the small layers goes",
+            ("", "median, µs on this machine"),
+            tuple((name, number(value)) for name, value in parts.items()),
+        ),
+    ]
 
 
-def _steps(make: Any, inputs: torch.Tensor, labels: torch.Tensor, sparsity: float, count: int) -> dict[str, Call]:
-    """A step without and one with a Sparsifier, whose schedule rises over all ``count`` steps."""
-    schedule = PolynomialSchedule(sparsity, begin_step=0, end_step=count)
+def _steps(make: Any, inputs: torch.Tensor, labels: torch.Tensor, sparsity: float) -> dict[str, Call]:
+    """A step without and one with a Sparsifier."""
+    schedule = _late_ramp(sparsity)
     models: dict[str, nn.Module] = {}
     for name in ("dense", "sparse"):
         torch.manual_seed(0)
@@ -55,6 +66,11 @@ def _steps(make: Any, inputs: torch.Tensor, labels: torch.Tensor, sparsity: floa
     for step in [*steps.values()] * _WARM_UP:
         step()
     return steps
+
+
+def _late_ramp(sparsity: float) -> PolynomialSchedule:
+    """The last part of a ramp over ten thousand steps."""
+    return PolynomialSchedule(sparsity, begin_step=0, end_step=5_000, initial_sparsity=0.875 * sparsity)
 
 
 def _step(model: nn.Module, sparsifier: Sparsifier | None, inputs: torch.Tensor, labels: torch.Tensor) -> Call:
@@ -77,3 +93,57 @@ def _figures(seconds: Seconds) -> dict[str, float | Row]:
         "added_microseconds": quartiles(1e6 * added),
         "dense_milliseconds": 1e3 * float(np.median(seconds["dense"])),
     }
+
+
+def _parts(sparsity: float, count: int) -> dict[str, float]:
+    """Median microseconds of what a sparse step of the small layers adds."""
+    torch.manual_seed(0)
+    model, spent = small_layers(), _Spent()
+    sparsifier = Sparsifier(model, _late_ramp(sparsity))
+    step = _step(model, None, torch.randn(8, 50), torch.randint(50, (8,)))
+    run, threads.run = threads.run, spent.counting(threads.run)
+    model.register_forward_pre_hook(lambda *_: spent.start(), prepend=True)
+    model.register_forward_pre_hook(lambda *_: spent.stop("hook"))
+    try:
+        for _ in range(count):
+            step()
+            spent.start()
+            sparsifier.step()
+            spent.stop("step")
+    finally:
+        threads.run = run
+    hook, search, apply, look = (
+        np.array([entry[place] for entry in spent.seconds[name]])[-count // 2 :]
+        for place in (0, 1)
+        for name in ("hook", "step")
+    )
+    named = {
+        "before the forward pass: compiled kernel": apply,
+        "before the forward pass: Python and autograd's node": hook - apply,
+        "`Sparsifier.step()`: compiled kernel": look,
+        "`Sparsifier.step()`: Python": search - look,
+    }
+    return {name: 1e6 * float(np.median(seconds)) for name, seconds in named.items()}
+
+
+class _Spent:
+    """Seconds by name, an entry a call: all of them, and those in compiled kernels."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[tuple[float, float]]] = {"hook": [], "step": []}
+        self._started, self._kernels = 0.0, 0.0
+
+    def start(self) -> None:
+        self._kernels, self._started = 0.0, time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        self.seconds[name].append((time.perf_counter() - self._started, self._kernels))
+
+    def counting(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = run(*arguments)
+            self._kernels += time.perf_counter() - start
+            return result
+
+        return timed

@@ -37,8 +37,9 @@ LINE = 64
 """Bytes of a cache line; what is streamed bypasses the caches a line at a time."""
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
-_inline = njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
-_inline_sum = njit(nogil=True, cache=True, error_model="numpy", forceinline=True, fastmath={"reassoc"})
+_part = njit(nogil=True, error_model="numpy")
+_inline = njit(nogil=True, error_model="numpy", forceinline=True)
+_inline_sum = njit(nogil=True, error_model="numpy", forceinline=True, fastmath={"reassoc"})
 
 
 # --- Memory -----------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ else:
 
         return types.voidptr(types.int64), generate
 
-    @_jit
+    @_inline
     def array_at(address, size, like):  # type: ignore[no-untyped-def]
         """One-dimensional view of ``size`` elements of ``like``'s dtype at ``address``."""
         return carray(_pointer(address), (size,), like.dtype)
@@ -185,7 +186,7 @@ def _load_float64_magnitudes(source, memory_format, scale, narrow, magnitudes): 
             magnitudes[i] = narrow[i]
 
 
-@_inline
+@_part
 def _load_keys(source, memory_format, scale, narrow, magnitudes):  # type: ignore[no-untyped-def]
     if magnitudes.itemsize == 4:
         _load_float32_magnitudes(source, memory_format, scale, magnitudes.view(np.float32))
@@ -211,7 +212,7 @@ def _magnitude_mask(source):  # type: ignore[no-untyped-def]
     return source.dtype.type(every_bit >> np.uint64(65 - 8 * source.itemsize))
 
 
-@_inline
+@_part
 def _key(bits, memory_format, scale, one, narrow, keys):  # type: ignore[no-untyped-def]
     """Key of one weight's bits."""
     one[0] = bits
@@ -219,7 +220,7 @@ def _key(bits, memory_format, scale, one, narrow, keys):  # type: ignore[no-unty
     return keys[0]
 
 
-@_inline
+@_part
 def _first_bits(key, memory_format, scale, one, narrow, keys):  # type: ignore[no-untyped-def]
     """Smallest bits of a magnitude whose key is at least ``key``, which is that of infinity at most."""
     # Dividing and widening keep the order, so an interval of keys is an interval of each tensor's own
@@ -426,7 +427,7 @@ def _add(sums, errors, i, value):  # type: ignore[no-untyped-def]
     sums[i] = total
 
 
-@_inline
+@_part
 def _accumulate(values, threshold, lanes, period):  # type: ignore[no-untyped-def]
     """Add magnitude ``i``, and again if it is kept, to lane ``i % period`` of the sums."""
     everything, kept, everything_errors, kept_errors = lanes
@@ -479,7 +480,7 @@ def _fold(sums, errors, start, width, exact):  # type: ignore[no-untyped-def]
     return sums[start] + errors[start] if exact else sums[start]
 
 
-@_inline
+@_part
 def _scale(lanes, start, width, size, exact):  # type: ignore[no-untyped-def]
     everything = _fold(lanes[0], lanes[2], start, width, exact)
     kept = _fold(lanes[1], lanes[3], start, width, exact)

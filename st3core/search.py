@@ -81,7 +81,8 @@ def find_thresholds(
     Args:
         weights: arrays of float16, bfloat16, float32 or float64, of any shapes and strides, memory-mapped
             ones too; never written to. One that has no elements gets a threshold too. A generator of
-            arrays needs to hold only one of them at a time: it is read once, into a temporary file.
+            arrays needs to hold only one of them at a time: it is read once, into a temporary file as large as
+            all of them (see :mod:`tempfile` for where; ``TMPDIR`` chooses another place).
         sparsity: share of zeros :math:`s` in [0, 1).
         method: name of a preset, or a :class:`~st3core.Method`; its score matters here.
 
@@ -93,6 +94,7 @@ def find_thresholds(
         TypeError: ``weights`` does not hold such arrays, or ``sparsity`` is not a number.
         ValueError: ``weights`` holds no weight at all, or a NaN or infinite one; ``sparsity`` is
             outside [0, 1); ``method`` is unknown.
+        OSError: ``weights`` is a generator, and there is no room for the temporary file.
 
     References:
         ST-3, arXiv 2212.01076, section 3.2.
@@ -226,7 +228,7 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
 
 def _pick(counter: Counter, keys: np.ndarray, index: int, forecast: Forecast | None) -> tuple[int, int]:
     """Keys number ``index`` and ``index + 1`` in order; ``keys`` is an interval's worth of them."""
-    few = max(_FEW, counter.size // _FEW_SHARE)
+    few = max(_FEW, counter.size // _FEW_SHARE) if forecast else 0
     around = [max(index - few, 0), index, min(index + 1, len(keys) - 1), min(index + few, len(keys) - 1)]
     if len(keys) <= _SORTED:
         keys.sort()
@@ -249,7 +251,7 @@ def _guess(counter: Counter, rank: int) -> tuple[int, int, int]:
     if inner:
         keys.partition(inner)
     first = int(keys[left]) if left >= 0 else 0
-    last = int(keys[right]) + 1 if right < len(keys) else counter.infinity
+    last = min(int(keys[right]) + 1, counter.infinity) if right < len(keys) else counter.infinity
     return first, last, int((right - left) / max(len(keys), 1) * counter.size)
 
 
@@ -262,8 +264,9 @@ def tensor_thresholds(
     for case in zip(map(id, dtypes), units, strict=True):  # dtypes themselves are slow to compare
         if case not in known:
             dtype, unit = dtypes[len(thresholds)], case[1]
-            plain = unit == 1 and e1 <= float(dtype.type(threshold)) < e2  # what the function below sees to
-            known[case] = threshold if plain else reference.tensor_threshold(dtype, unit, e1, e2, threshold)
+            with np.errstate(over="ignore"):  # other tensors may hold what this dtype can't
+                plain = unit == 1 and e1 <= float(dtype.type(threshold)) < e2  # what the function below sees to
+                known[case] = threshold if plain else reference.tensor_threshold(dtype, unit, e1, e2, threshold)
         thresholds.append(known[case])
     return np.array(thresholds)
 

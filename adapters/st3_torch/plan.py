@@ -1,7 +1,7 @@
 """All of a model's CPU weights at once: one call to find the threshold, one to apply it."""
 
 from collections.abc import Sequence
-from operator import is_, itemgetter
+from operator import attrgetter, itemgetter
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from st3core.method import Method
 from st3core.operators import apply_shares, is_walkable, round_thresholds, thread_shares, unit_table
 from st3core.search import Forecast, count_thresholds, tensor_units
 
-_buffer = itemgetter("threshold")
+_buffer, _dtype = itemgetter("threshold"), attrgetter("dtype")
 
 
 def can_plan(raw: Sequence[torch.Tensor], layouts: Sequence[ChannelLayout]) -> bool:
@@ -64,15 +64,20 @@ class Plan:
             formats = [MEMORY_FORMATS[name] for name in dict.fromkeys(array.dtype.name for array in arrays)]
             self._groups = [_Group(memory, raw, self.forward, layouts, self._buffers, method) for memory in formats]
         # What has to stay as it is. Views keep the memory, so that it can't have become another tensor's.
-        self._views, self._limits = [weight.detach() for weight in raw], list(map(_buffer, self._buffers))
-        self._addresses = [weight.data_ptr() for weight in raw]
+        self._views = [tensor.detach() for tensor in self._current(raw)]
+        self._addresses = [tensor.data_ptr() for tensor in self._views]
+        self._kinds = [tensor.dtype for tensor in self._views]
+
+    def _current(self, raw: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [*raw, *map(_buffer, self._buffers)]
 
     def fits(self, raw: Sequence[torch.Tensor]) -> bool:
         """Whether these are the tensors that the plan was made for, where they were, and of the same kind."""
+        current = self._current(raw)
         return (  # by map, since this is asked at every step
-            list(map(torch.Tensor.data_ptr, raw)) == self._addresses
-            and all(map(torch.Tensor.is_set_to, self._views, raw))
-            and all(map(is_, self._limits, map(_buffer, self._buffers)))
+            list(map(torch.Tensor.data_ptr, current)) == self._addresses
+            and all(map(torch.Tensor.is_set_to, self._views, current))
+            and list(map(_dtype, current)) == self._kinds
         )
 
     def find_thresholds(self, sparsity: float) -> NDArray[np.float64]:
@@ -88,7 +93,8 @@ class Plan:
         """Write the forward weight of every raw weight into :attr:`forward`."""
         source = [weight._version for weight in raw], [group.limits.tobytes() for group in self._groups]
         if source != self._computed:  # a graph that still needs the old ones must notice
-            torch.autograd.graph.increment_version(self.forward)
+            for weight in self.forward:
+                torch.autograd.graph.increment_version(weight)
             self._computed = source
         for group in self._groups:
             group.compute_forward()
@@ -114,13 +120,14 @@ class _Group:
         self._shares = thread_shares(self._units, memory, method)
         self._threads = threads.thread_count()
         old = [buffers[index]["threshold"] for index in self._members]
-        self._thresholds = torch.stack([threshold.detach() for threshold in old if threshold is not None])
+        compute = torch.float64 if memory.compute == np.float64 else torch.float32
+        self._thresholds = torch.stack([threshold.detach().to(compute) for threshold in old if threshold is not None])
         self.limits = as_array(self._thresholds)
         for index, view in zip(self._members, self._thresholds.unbind(), strict=True):
             buffers[index]["threshold"] = view
 
     def set_thresholds(self, thresholds: NDArray[np.float64]) -> None:
-        # By NumPy: on the way to half precision PyTorch would round to float32 first.
+        # As the core rounds: on the way to float16 PyTorch would round to float32 first.
         rounded = round_thresholds(thresholds[self._members], self._memory)
         self._thresholds.copy_(torch.from_numpy(rounded))
 

@@ -199,7 +199,7 @@ class Sparsifier:
             with torch.no_grad():
                 kernel.raw.copy_(weight)
             kernel.parametrization.mask = weight != 0
-        self._frozen = True
+        self._plan, self._frozen = None, True
 
     def finalize(self) -> nn.Module:
         """Write the sparse weights into the model and take every trace of this library off it.
@@ -251,6 +251,8 @@ class Sparsifier:
         thresholds = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
         self._set_thresholds(thresholds, self._fitting_plan(self._raw()))
         self._frozen = bool(state["masks"])
+        if self._frozen:
+            self._plan = None
         for kernel in self._kernels:
             mask = state["masks"].get(kernel.name)
             kernel.parametrization.mask = None if mask is None else mask.to(kernel.raw.device).clone()

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import st3core
 from st3_torch import Sparsifier
+from st3_torch.memory import as_array
 from tests.st3_torch.networks import batch, ramp, small_net, train_step
 
 METHODS = ["st3", "st3_sigma", "hard_ste", "gmp"]
@@ -331,13 +333,17 @@ def turned_into_half(raw):
     raw.data = (raw.data * 10).to(torch.float16)
 
 
+def turned_into_double(raw):
+    raw.data = raw.data.double()
+
+
 def replaced_by_another(raw):
     raw.data = raw.data.clone() * 2
 
 
 @pytest.mark.parametrize(
     "change",
-    [transposed_in_place, moved_by_its_storage, turned_into_half, replaced_by_another],
+    [transposed_in_place, moved_by_its_storage, turned_into_half, turned_into_double, replaced_by_another],
     ids=lambda c: c.__name__,
 )
 def test_memory_that_changes_under_the_plan(change):
@@ -354,10 +360,55 @@ def test_memory_that_changes_under_the_plan(change):
     assert torch.equal(found, torch.from_numpy(expected).to(raw.dtype))
 
 
-def test_the_buffers_decide_about_the_threshold():
-    model, _ = sparse_net()
-    parametrization = model[6].parametrizations.weight[0]
-    parametrization.threshold = torch.tensor(0.02)
-    images = batch()[0]
-    expected = st3core.sparsify(model[6].parametrizations.weight.original.detach().numpy(), 0.02)
-    assert torch.equal(seen_by_the_layer(model, images), torch.from_numpy(expected))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_model_converted_after_it_was_sparsified(dtype):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    sp = Sparsifier(model, ramp(0.5, end=0), "st3")
+    model(torch.eye(64))
+    model.to(dtype)
+    sp.step()
+    array = as_array(model[0].parametrizations.weight.original.detach())
+    expected = st3core.sparsify(array, st3core.find_thresholds([array], 0.5)[0]).astype(np.float64)
+    assert torch.equal(model(torch.eye(64, dtype=dtype)).t().double(), torch.from_numpy(expected))
+
+
+def replaced(parametrization, threshold):
+    parametrization.threshold = threshold
+
+
+def exchanged(parametrization, threshold):
+    parametrization.threshold.data = threshold
+
+
+def swapped(parametrization, threshold):
+    torch.utils.swap_tensors(parametrization.threshold, threshold)
+
+
+def shared(parametrization, threshold):
+    parametrization.threshold.share_memory_()
+    parametrization.threshold.copy_(threshold)
+
+
+@pytest.mark.parametrize("change", [replaced, exchanged, swapped, shared], ids=lambda c: c.__name__)
+def test_the_buffers_decide_about_the_threshold(change):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).share_memory()
+    sp = Sparsifier(model, ramp(0.5, end=0), "st3")
+    sp.step()
+    model(torch.eye(64))
+    change(model[0].parametrizations.weight[0], torch.tensor(0.02))
+    raw = model[0].parametrizations.weight.original.detach().numpy()
+    expected = torch.from_numpy(st3core.sparsify(raw, 0.02))
+    assert torch.equal(model(torch.eye(64)).t(), expected)
+    assert sp.sparsity == float((expected == 0).double().mean())
+    sp.step()
+    assert sp.sparsity == 0.5
+    assert torch.equal(model[0].weight, model(torch.eye(64)).t())
+
+
+def test_a_frozen_model_keeps_no_second_copy():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    sp = Sparsifier(model, ramp(0.5, end=0), "st3")
+    sp.step()
+    model(torch.eye(64))
+    sp.freeze()
+    assert sp._plan is None

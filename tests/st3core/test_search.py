@@ -235,3 +235,8 @@ def test_every_answer_is_a_count_of_keys(arrays, data):
         assert bins.tolist() == [sum((key - low) >> shift == b for key in inside) for b in range(len(bins))]
     if low < counter.infinity:
         assert counter.successor(low) == min([key for key in keys if key > low], default=counter.infinity)
+
+
+def test_a_threshold_beyond_what_another_tensor_can_hold():
+    arrays = [np.array([1, 2, 3], np.float16), np.array([1e6, 2e6, 3e6, 4e6], np.float32)]
+    assert zeros_of(arrays, find_thresholds(arrays, 0.8)) == 5
