@@ -12,8 +12,8 @@ if _keras.backend.backend() not in ("tensorflow", "jax", "torch"):  # pragma: no
     )
 
 from st3_keras import ops
-#from st3_keras.report import Report
-#from st3_keras.sparsifier import Sparsifier
+from st3_keras.report import Report
+from st3_keras.sparsifier import Sparsifier
 from st3core import PolynomialSchedule
 
-__all__ = ["PolynomialSchedule", "ops"]
+__all__ = ["PolynomialSchedule", "Report", "Sparsifier", "ops"]

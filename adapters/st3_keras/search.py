@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from st3_keras.backend import BACKEND, compute_dtype, wide
+from st3_keras.backend import compute_dtype, wide
 from st3core import PolynomialSchedule
 from st3core.method import Method
 from st3core.reference import position
@@ -74,10 +74,12 @@ def find_thresholds(
     key_float = "float64" if "float64" in dtypes else "float32"
     units = tensor_units([w.shape for w in weights], [np.dtype(d) for d in dtypes], method)
     with wide():
+        # 0, but compilers cannot know: they leave out a rounding to half precision that is followed by a cast back.
+        nothing = ops.cast(step < 0, "int32")
         index = ops.minimum((step - table.begin) // table.frequency, len(table.rank) - 1)
         rank = ops.take(ops.convert_to_tensor(table.rank), index)
         fraction = ops.take(ops.convert_to_tensor(table.fraction), index)
-        keys = ops.concatenate([_keys(w, u, key_float) for w, u in zip(weights, units, strict=True)])
+        keys = ops.concatenate([_keys(w, u, nothing, key_float) for w, u in zip(weights, units, strict=True)])
         first, second = order_statistics(keys, ops.maximum(rank, 0), _bits(ops.cast(guess, key_float))[0], key_float)
         both = _floats(ops.stack([first, second]), key_float)
         low, high = ops.cast(both[0], "float64"), ops.cast(both[1], "float64")
@@ -87,7 +89,7 @@ def find_thresholds(
         known: dict[tuple[str, float], Any] = {}
         for case in zip(dtypes, units, strict=True):
             if case not in known:
-                known[case] = ops.where(rank < 0, _zero(case[0]), _tensor_threshold(*case, low, high, value))
+                known[case] = ops.where(rank < 0, _zero(case[0]), _tensor_threshold(*case, nothing, low, high, value))
         largest = _floats(ops.reshape(ops.max(keys), (1,)), key_float)[0]
         second_magnitude = ops.where(ops.isfinite(largest), both[1], largest * 0 + float("nan"))
         magnitudes = ops.stack([both[0], second_magnitude])
@@ -141,12 +143,13 @@ def _pivots(low: Any, high: Any, before: Any, after: Any, rank: Any, integer: st
     return low + ops.cast(ends[0], integer), low + ops.cast(ends[1], integer)
 
 
-def _tensor_threshold(dtype: str, unit: float, low: Any, high: Any, value: Any) -> Any:
+def _tensor_threshold(dtype: str, unit: float, nothing: Any, low: Any, high: Any, value: Any) -> Any:
     """:func:`st3core.reference.tensor_threshold`, rounded to ``dtype``: equation 2c, a key at a time."""
     bits = _bits(_rounded(value * unit, dtype))
+    bits = bits + ops.cast(nothing, _INT[dtype])
 
     def score(key: Any) -> Any:
-        return ops.cast(_magnitude(_floats(key, dtype), unit), "float64")
+        return ops.cast(_magnitude(_floats(key, dtype), unit, nothing), "float64")
 
     one = ops.ones_like(bits)
     for _ in range(2):  # at most two units in the last place
@@ -171,30 +174,19 @@ def _rounded(value: Any, dtype: str) -> Any:
     return ops.cast(_floats(bits, "float32"), dtype)
 
 
-def _keys(weight: Any, unit: float, key_float: str) -> Any:
-    return _bits(ops.cast(_magnitude(ops.reshape(weight, (-1,)), unit), key_float))
+def _keys(weight: Any, unit: float, nothing: Any, key_float: str) -> Any:
+    return _bits(ops.cast(_magnitude(ops.reshape(weight, (-1,)), unit, nothing), key_float))
 
 
-def _magnitude(weight: Any, unit: float) -> Any:
+def _magnitude(weight: Any, unit: float, nothing: Any) -> Any:
     """``|w| / sigma`` in the compute dtype (equation 1b)."""
     compute = compute_dtype(_name(weight))
     magnitude = ops.abs(ops.cast(weight, compute))
-    # By a tensor as long as the weights: for a constant, compilers multiply by its rounded inverse instead.
-    return magnitude if unit == 1.0 else magnitude / _opaque(np.array(unit, compute), magnitude)
-
-
-def _opaque(number: np.ndarray, like: Any) -> Any:
-    """``number`` as something that a compiler cannot see through."""
-    tensor = ops.convert_to_tensor(number)
-    if BACKEND == "jax":
-        import jax
-
-        return jax.lax.optimization_barrier(tensor)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        return tf.where(tf.math.is_nan(tf.reduce_max(like[:1])), tf.ones_like(tensor), tensor)
-    return tensor
+    if unit == 1.0:
+        return magnitude
+    # A divisor for every element, or compilers multiply by the rounded inverse of the one that there is.
+    divisor = ops.cast(nothing, compute) + np.array(unit, compute)
+    return magnitude / ops.where(magnitude >= 0, divisor, magnitude)
 
 
 def _bits(values: Any) -> Any:
