@@ -72,4 +72,4 @@ def _torch_view(tensor: Any) -> np.ndarray:
 
 def constant(value: Any) -> Any:
     """Value of a tensor as a NumPy array, a copy that nobody else owns."""
-    return np.array(keras.ops.convert_to_numpy(value))
+    return np.array(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(value)))

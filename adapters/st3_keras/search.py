@@ -184,9 +184,10 @@ def _magnitude(weight: Any, unit: float, nothing: Any) -> Any:
     magnitude = ops.abs(ops.cast(weight, compute))
     if unit == 1.0:
         return magnitude
-    # A divisor for every element, or compilers multiply by the rounded inverse of the one that there is.
-    divisor = ops.cast(nothing, compute) + np.array(unit, compute)
-    return magnitude / ops.where(magnitude >= 0, divisor, magnitude)
+    # Compilers multiply by the rounded inverse instead of dividing. In float64 that is as good: quotients of float32
+    # numbers stay 2^-49 away from where the rounding to float32 would turn over.
+    quotient = ops.cast(magnitude, "float64") / (ops.cast(nothing, "float64") + unit)
+    return ops.cast(quotient, compute)
 
 
 def _bits(values: Any) -> Any:
