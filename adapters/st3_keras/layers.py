@@ -169,9 +169,7 @@ def _reason(candidate: _Candidate, include: Any, included: list[Rule], excluded:
 def _check_dtype(candidate: _Candidate) -> None:
     dtype = keras.backend.standardize_dtype(candidate.variable.dtype)
     if dtype not in DTYPES:
-        raise TypeError(
-            f"Sparsifier: {candidate.name} must be of one of {', '.join(DTYPES)}, got {dtype}; exclude it"
-        )
+        raise TypeError(f"Sparsifier: {candidate.name} must be of one of {', '.join(DTYPES)}, got {dtype}; exclude it")
 
 
 def _as_rules(rules: Sequence[Rule] | Rule | None, argument: str) -> list[Rule]:

@@ -64,6 +64,6 @@ def _places(layer: Any, inputs: Any, outputs: Any) -> int:
         sources, _, target = layer.equation.replace(" ", "").partition("->")
         letters = [letter for letter in sources.split(",")[1] if letter in target]
         shape = dict(zip(sources.split(",")[1], layer._kernel.shape, strict=True))
-        return prod(outputs.shape) // prod(shape[letter] for letter in letters)
+        return int(prod(outputs.shape)) // int(prod(shape[letter] for letter in letters))
     channel = 1 if getattr(layer, "data_format", None) == "channels_first" else len(outputs.shape) - 1
     return prod(n for axis, n in enumerate(outputs.shape) if axis != channel)

@@ -140,7 +140,7 @@ def _checked(weight: Any, threshold: Any, channel_axis: Any, function: str) -> t
     if isinstance(threshold, (int, float)):  # rounded by NumPy, once: backends go through float32
         with np.errstate(over="ignore"):
             threshold = np.asarray(threshold, np.float64).astype(dtype)
-    return weight, ops.cast(ops.convert_to_tensor(threshold), dtype), axes
+    return weight, ops.convert_to_tensor(threshold, dtype), axes
 
 
 def _dtype_name(tensor: Any) -> str:

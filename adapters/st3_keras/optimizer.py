@@ -100,10 +100,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.build(variables)
         self._check_variables_are_known(variables)
         rule = [self._raw_gradient(g, v) for g, v in zip(grads, variables, strict=True)]
-        zeros = [ops.equal(v, 0) for v in self._plan.forward] if self._plan.frozen else []
+        zeros = [ops.equal(ops.convert_to_tensor(v), 0) for v in self._plan.forward] if self._plan.frozen else []
         self.inner_optimizer.apply(rule, self._trained(variables))
         for raw, zero in zip(self._plan.raw, zeros, strict=bool(zeros)):
-            raw.assign(ops.where(zero, ops.zeros_like(raw), raw))
+            value = ops.convert_to_tensor(raw)
+            raw.assign(ops.where(zero, ops.zeros_like(value), value))
         self.renew()
 
     def _raw_gradient(self, grad: Any, variable: Any) -> Any:
@@ -135,16 +136,19 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def start(self) -> None:
         """Threshold of the steps made so far, which are none in a new training."""
-        step = self.step_count
-        sparsity = self._plan.schedule(step)
-        if sparsity and step >= self._plan.schedule.begin_step:
+        if self.step_count >= self._plan.schedule.begin_step:
+            self._find_anew(self.step_count)
+
+    def _find_anew(self, step: int) -> None:
+        """Find the threshold for the sparsity after ``step`` steps, on the host and outside of any compiled code."""
+        if self._plan.schedule(step):
             arrays = [constant(raw) for raw in self._plan.raw]
             kinds = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in (self._limits, self._magnitudes)]
             limits, magnitudes = self._plan.search(step, arrays, kinds)
             self._limits.assign(limits)
             self._magnitudes.assign(magnitudes)
             self._clock.assign(np.array([step, *constant(self._clock)[1:]], np.int32))
-            self._write_all()
+        self._write_all()
 
     def continue_from(self, other: "SparseOptimizer") -> None:
         """Take over raw weights, threshold and count of steps of the wrapper of a former ``compile``."""
@@ -248,7 +252,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """At the end of ``fit``: averaged weights, where the inner optimizer keeps them, and their forward weights."""
         if _keeps_average(self.inner_optimizer):
             self.inner_optimizer.finalize_variable_values(self._trained(var_list))
-            self.renew()
+            if self.is_frozen:
+                self._write_all()
+            else:
+                self._find_anew(int(constant(self._clock)[0]))
 
     def get_config(self) -> dict[str, Any]:
         """What the constructor takes."""
@@ -356,7 +363,9 @@ class Plan:
 
     def _is_due(self, step: Any, clock: Any) -> Any:
         since = step - self.schedule.begin_step
-        return ops.logical_and(ops.logical_and(since >= 0, since % self.schedule.update_frequency == 0), step > clock[0])
+        return ops.logical_and(
+            ops.logical_and(since >= 0, since % self.schedule.update_frequency == 0), step > clock[0]
+        )
 
     def search(
         self, step: int, raw: Sequence[np.ndarray], kinds: Sequence[np.dtype[Any]]

@@ -126,7 +126,7 @@ def order_statistics(keys: Any, rank: Any, guess: Any, key_float: str) -> tuple[
     reach = ops.cast(1 << 14 if key_float == "float32" else 1 << 43, integer)  # a move of 0.2 % of the magnitude
     guess = ops.cast(guess, integer)
     start = (zero, end, ops.cast(0, "int32"), ops.cast(size, "int32"), ops.maximum(guess - reach, zero), guess + reach)
-    low, high, _, after, *_ = ops.while_loop(is_open, narrow, start)
+    _, high, _, after, *_ = ops.while_loop(is_open, narrow, start)
     below = keys < high
     first = ops.max(ops.where(below, keys, ops.zeros_like(keys)))
     following = ops.min(ops.where(below, ops.zeros_like(keys) + (end - 1), keys))
@@ -156,7 +156,9 @@ def _tensor_threshold(dtype: str, unit: float, nothing: Any, low: Any, high: Any
         too_high = ops.logical_and(score(bits) > low, ops.logical_or(score(bits) >= high, low == high))
         bits = ops.where(too_high, bits - one, bits)
     for _ in range(2):
-        bits = ops.where(score(bits + one) <= low, bits + one, bits)
+        # Above 0 there are the subnormal numbers, which compilers may take for 0.
+        too_low = ops.logical_and(low > 0, score(bits + one) <= low)
+        bits = ops.where(too_low, bits + one, bits)
     return _floats(bits, dtype)[0]
 
 

@@ -13,7 +13,7 @@ from keras.optimizers import LossScaleOptimizer
 from st3_keras.backend import BACKEND, constant
 from st3_keras.layers import Kernel, Rule, find_kernels
 from st3_keras.macs import multiply_adds
-from st3_keras.optimizer import Plan, SparseOptimizer, kernel_config, rekey, schedule_state
+from st3_keras.optimizer import Plan, SparseOptimizer, kernel_config, schedule_state
 from st3_keras.report import Report
 from st3_keras.state import check_state
 from st3core import PolynomialSchedule
@@ -149,12 +149,15 @@ class Sparsifier(keras.callbacks.Callback):
             raise ValueError("Sparsifier: model is sparsified already; finalize it first, or go on with its Sparsifier")
         own = Plan(kernel_config(kernels, self._model.trainable_variables), self.method, self.schedule).get_config()
         there = optimizer.plan.get_config()
+        for one, other in zip(own["kernels"], there["kernels"], strict=False):
+            other["name"] = one["name"]  # Keras may give a loaded model's variables shorter paths
         for part in ("method", "schedule", "kernels"):
             if own[part] != there[part]:
                 raise ValueError(
-                    f"Sparsifier: the model was saved with {part} {there[part]!r}, but this Sparsifier has {own[part]!r}"
+                    f"Sparsifier: model was saved with {part} {there[part]!r}, but this Sparsifier has {own[part]!r}"
                 )
         optimizer.build(self._model.trainable_variables)
+        optimizer.plan.names = [kernel.name for kernel in kernels]
         self._sparse = optimizer
         optimizer.owned = True
 
@@ -173,8 +176,6 @@ class Sparsifier(keras.callbacks.Callback):
             model._compile_config.config["optimizer"] = optimizer  # what a saved model will name
         else:
             holder.inner_optimizer = optimizer
-            rest = [v for v in holder._trainable_variables]
-            object.__setattr__(holder, "_trainable_variables", rest)
         if model.train_function is not None:
             model.make_train_function(force=True)
 

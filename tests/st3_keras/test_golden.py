@@ -75,7 +75,12 @@ def test_trajectory(file, method, mode):
     seen = Recorder(sp)
     size = rows.shape[1]
     model.fit(
-        images[rows.ravel()], digits.target[rows.ravel()], batch_size=size, shuffle=False, callbacks=[sp, seen], verbose=0
+        images[rows.ravel()],
+        digits.target[rows.ravel()],
+        batch_size=size,
+        shuffle=False,
+        callbacks=[sp, seen],
+        verbose=0,
     )
     assert seen.targets == pytest.approx(golden["target_sparsity"].tolist(), abs=1e-12)
     expected = np.where(golden["threshold"] < 0, 0, golden["threshold"])  # "no threshold" is written as negative
@@ -87,5 +92,7 @@ def test_trajectory(file, method, mode):
     for index, kernel in enumerate(kernels):
         found, wanted = as_numpy(kernel), in_keras_layout(golden[f"final_effective/{index}"])
         assert ((found == 0) != (wanted == 0)).mean() <= 0.002
-        np.testing.assert_allclose(raw_of(sp)[sp._kernels[index].name], in_keras_layout(golden[f"final_raw/{index}"]), atol=1e-2)
+        np.testing.assert_allclose(
+            raw_of(sp)[sp._kernels[index].name], in_keras_layout(golden[f"final_raw/{index}"]), atol=1e-2
+        )
     assert GOLDEN_LOSS

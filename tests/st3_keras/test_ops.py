@@ -87,6 +87,8 @@ def test_forward_weight_is_the_core(case):
 
 
 def gradient_of(weight, limit, method, cotangent):
+    cotangent = as_tensor(cotangent)
+
     def loss(w):
         return ops.sum(ops.cast(st3_ops.sparsify(w, limit, method), "float32") * cotangent)
 
@@ -124,9 +126,9 @@ def test_rejections():
     weight = ops.ones((2, 3))
     with pytest.raises(ValueError, match=r"sparsify: channel_axis must be in \[-2, 2\) for a weight of 2"):
         st3_ops.sparsify(weight, 0.5, channel_axis=2)
-    with pytest.raises(ValueError, match="method must be one of .*, got 'st4'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*, got 'st4'"):
         st3_ops.sparsify(weight, 0.5, "st4")
-    with pytest.raises(TypeError, match="sparsify: weight must be of one of the dtypes .*, got int32"):
+    with pytest.raises(TypeError, match=r"sparsify: weight must be of one of the dtypes .*, got int32"):
         st3_ops.sparsify(ops.ones((2,), dtype="int32"), 0.5)
 
 
@@ -145,7 +147,7 @@ def thresholds_inside(arrays, shares, method):
         yield schedule(step), [as_numpy(limit) for limit in limits], as_numpy(guess)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25 if BACKEND == "torch" else 8)  # each is compiled
 @given(weight_lists(huge=False), st.floats(0.01, 0.99), st.sampled_from(["st3", "st3_sigma"]))
 def test_thresholds_inside_a_compiled_step_are_those_of_the_core(arrays, share, method):
     arrays = [without_subnormals(a) for a in arrays if a.dtype in KNOWN and a.size] or [np.ones(1, np.float32)]
@@ -185,12 +187,16 @@ def test_the_search_compiles_once():
     table = ranks(PolynomialSchedule(0.9, begin_step=0, end_step=9), 100)
     function, guess = compiled(search), ops.zeros((2,))
     for step in range(10):
-        _, guess = function([ops.convert_to_tensor(np.linspace(-1, step, 100, dtype=np.float32))], as_tensor(np.int32(step)), guess)
+        _, guess = function(
+            [ops.convert_to_tensor(np.linspace(-1, step, 100, dtype=np.float32))], as_tensor(np.int32(step)), guess
+        )
     assert len(traces) == 1
 
 
 def test_tables_have_a_limit():
-    with pytest.raises(ValueError, match="schedule must have at most 4,194,304 updates on a compiled backend, got 5,000,001"):
+    with pytest.raises(
+        ValueError, match=r"schedule must have at most 4,194,304 updates on a compiled backend, got 5,000,001"
+    ):
         ranks(PolynomialSchedule(0.9, begin_step=0, end_step=5_000_000), 10)
     with pytest.raises(ValueError, match=r"a compiled step counts fewer than 2\^31 weights"):
         ranks(PolynomialSchedule(0.9, begin_step=0, end_step=5), 1 << 31)

@@ -65,7 +65,9 @@ def test_before_the_ramp_training_is_dense(mode):
     sp = Sparsifier(model, st3core.PolynomialSchedule(0.9, begin_step=50, end_step=90))
     assert fit(model, sp).history["loss"] == fit(dense).history["loss"]
     assert set(sp.thresholds.values()) == {0.0}
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(weights_of(model).values(), weights_of(dense).values(), strict=True))
+    assert all(
+        a.tobytes() == b.tobytes() for a, b in zip(weights_of(model).values(), weights_of(dense).values(), strict=True)
+    )
 
 
 @modes
@@ -153,22 +155,20 @@ def resume(tmp_path, save, load, mode, frozen=False):
     return (whole, sp), (other, its)
 
 
-def load_weights(path):
-    model = compiled(small_net(seed=1), keras.optimizers.Adam(0.01))
-    Sparsifier(model, ramp(0.9, end=20))
-    model.load_weights(path / "model.weights.h5")
-    return model
-
-
 @modes
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_keras_file_resumes_bit_for_bit(tmp_path, mode, frozen):
-    (whole, sp), (other, its) = resume(
-        tmp_path, lambda m, p: m.save(p / "model.keras"), lambda p: keras.models.load_model(p / "model.keras"), mode, frozen
+    (_, sp), (_, its) = resume(
+        tmp_path,
+        lambda m, p: m.save(p / "model.keras"),
+        lambda p: keras.models.load_model(p / "model.keras"),
+        mode,
+        frozen,
     )
-    assert sp.thresholds == its.thresholds
-    assert equal(raw_of(sp), raw_of(its))
-    assert equal(weights_of(whole), weights_of(other))
+    # Keras gives the variables of a loaded model other paths.
+    assert list(sp.thresholds.values()) == list(its.thresholds.values())
+    for part in (raw_of, lambda x: weights_of(x.model)):
+        assert [a.tobytes() for a in part(sp).values()] == [b.tobytes() for b in part(its).values()]
 
 
 @modes
@@ -263,7 +263,9 @@ def test_early_ends_warn():
     model = compiled(small_net())
     sp = Sparsifier(model, ramp(0.9, end=10))
     fit(model, sp, batches=1)
-    with pytest.warns(UserWarning, match=r"Sparsifier.freeze: the schedule ends at step 10, but only 1 steps .* of 0.2439"):
+    with pytest.warns(
+        UserWarning, match=r"Sparsifier.freeze: the schedule ends at step 10, but only 1 steps .* of 0.2439"
+    ):
         sp.freeze()
     other = Sparsifier(compiled(small_net()), ramp(0.9, end=5))
     with pytest.warns(UserWarning, match=r"Sparsifier.finalize: .* but only 0 steps"):
@@ -306,8 +308,16 @@ def test_selection(options, names):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"include": "conv9"}, ValueError, r"include has 'conv9', which matches no kernel of the model \(.*conv/kernel, "),
-        ({"exclude": "*"}, ValueError, "no linear or convolution kernel that include and exclude leave, got Sequential"),
+        (
+            {"include": "conv9"},
+            ValueError,
+            r"include has 'conv9', which matches no kernel of the model \(.*conv/kernel, ",
+        ),
+        (
+            {"exclude": "*"},
+            ValueError,
+            "no linear or convolution kernel that include and exclude leave, got Sequential",
+        ),
         ({"exclude": 3}, TypeError, "exclude takes paths, glob patterns, layer types and predicates, got 3"),
         ({"method": "st4"}, ValueError, "method must be one of .*, got 'st4'"),
     ],
@@ -358,7 +368,9 @@ def test_report():
     images, _ = data()
     report = sp.report(images[:1])
     assert [layer.dense_macs for layer in report.layers] == [36 * 16, 450]
-    assert [layer.zeros for layer in report.layers] == [int((w == 0).sum()) for n, w in forward_of(model).items() if "tr" not in n]
+    assert [layer.zeros for layer in report.layers] == [
+        int((w == 0).sum()) for n, w in forward_of(model).items() if "tr" not in n
+    ]
     assert list(report.skipped.values()) == ["excluded"]
     assert "transposed/kernel: excluded" in str(report)
     assert report.to_dict()["skipped"] == report.skipped
@@ -369,7 +381,10 @@ def other_states():
     base = Sparsifier(compiled(small_net()), ramp(0.9, end=8)).state_dict()
     name = next(iter(base["raw"]))
     yield "must have the entries .*'step'.*, got", {k: v for k, v in base.items() if k != "step"}
-    yield "method.operator='hard', but this Sparsifier has 'soft'", {**base, "method": {**base["method"], "operator": "hard"}}
+    yield (
+        "method.operator='hard', but this Sparsifier has 'soft'",
+        {**base, "method": {**base["method"], "operator": "hard"}},
+    )
     yield "schedule.end_step=9, but this Sparsifier has 8", {**base, "schedule": {**base["schedule"], "end_step": 9}}
     yield "kernels in only one of them", {**base, "raw": {"x": np.ones(2)}}
     yield "must have a dictionary in 'raw', got None", {**base, "raw": None}
