@@ -5,7 +5,9 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench study clean
+BACKEND ?= torch
+
+.PHONY: demo test test-keras check bench study clean
 
 demo: $(READY)  ## sparse-train a network on handwritten digits
 	$(VENV)/bin/python examples/digits.py
@@ -13,6 +15,12 @@ demo: $(READY)  ## sparse-train a network on handwritten digits
 test: $(READY)  ## all tests, then the core once more without compilation
 	$(RUN) pytest -n 2
 	NUMBA_DISABLE_JIT=1 $(RUN) pytest -n 2 -m core
+	$(MAKE) test-keras BACKEND=tensorflow
+	$(MAKE) test-keras BACKEND=jax
+	$(MAKE) test-keras BACKEND=torch
+
+test-keras: $(READY)  ## the Keras adapter on one backend: BACKEND=tensorflow, jax or torch
+	KERAS_BACKEND=$(BACKEND) $(RUN) pytest -n 2 tests/st3_keras tests/test_docs.py adapters/st3_keras
 
 check: $(READY)  ## style and types
 	$(RUN) ruff check
@@ -28,7 +36,7 @@ study: $(READY)  ## accuracy at 99 % zeros: ST-3 against its neighbours, five se
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'st3core needs Python 3.11 or newer, this is ' + sys.version"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[torch,dev]'
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[torch,keras,dev]' tensorflow-cpu jax
 	touch $@
 
 clean:

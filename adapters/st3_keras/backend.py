@@ -72,4 +72,7 @@ def _torch_view(tensor: Any) -> np.ndarray:
 
 def constant(value: Any) -> Any:
     """Value of a tensor as a NumPy array, a copy that nobody else owns."""
-    return np.array(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(value)))
+    tensor = keras.ops.convert_to_tensor(value)
+    if BACKEND == "torch":
+        return _torch_view(tensor.cpu()).copy()
+    return np.array(keras.ops.convert_to_numpy(tensor))
