@@ -5,12 +5,14 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
-BACKEND ?= torch
-
 .PHONY: demo test test-keras check bench study clean
 
-demo: $(READY)  ## sparse-train a network on handwritten digits
+demo: $(READY)  ## sparse-train a network on handwritten digits; BACKEND=tensorflow, jax or torch: with Keras
+ifdef BACKEND
+	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python examples/digits_keras.py
+else
 	$(VENV)/bin/python examples/digits.py
+endif
 
 test: $(READY)  ## all tests, then the core once more without compilation
 	$(RUN) pytest -n 2
@@ -20,7 +22,7 @@ test: $(READY)  ## all tests, then the core once more without compilation
 	$(MAKE) test-keras BACKEND=torch
 
 test-keras: $(READY)  ## the Keras adapter on one backend: BACKEND=tensorflow, jax or torch
-	KERAS_BACKEND=$(BACKEND) $(RUN) pytest -n 2 tests/st3_keras tests/test_docs.py adapters/st3_keras
+	KERAS_BACKEND=$(or $(BACKEND),torch) $(RUN) pytest -n 2 tests/st3_keras tests/test_docs.py adapters/st3_keras
 
 check: $(READY)  ## style and types
 	$(RUN) ruff check
