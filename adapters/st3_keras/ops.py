@@ -107,7 +107,9 @@ def forward_weight(weight: Any, limit: Any, method: Method, channel_axes: tuple[
         if method.operator == "hard":
             result = ops.where(kept, values, ops.zeros_like(values))
         else:
-            result = values - ops.minimum(ops.maximum(values, -bound), bound)
+            # Where a weight is kept it loses the threshold, else itself: w - clip(w, -t, t), to the bit. Not by
+            # minimum and maximum, which Keras computes in float32 on PyTorch, even for float64.
+            result = values - ops.where(kept, ops.where(values > 0, bound, -bound), values)
         if method.rescale == "channel":
             result = ops.cast(_channel_scale(magnitudes, kept, channel_axes), values.dtype) * result
         return ops.cast(ops.where(bound > 0, result, values), dtype)
