@@ -4,15 +4,24 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
+KERAS := $(VENV)/.keras
 
-.PHONY: demo test check bench stress study clean
+.PHONY: demo test test-keras check bench stress study clean
 
-demo: $(READY)  ## sparse-train a network on handwritten digits
+ifdef BACKEND
+demo: $(KERAS)  ## sparse-train a network on handwritten digits; BACKEND=tensorflow, jax or torch: with Keras
+	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python examples/digits_keras.py
+else
+demo: $(READY)
 	$(VENV)/bin/python examples/digits.py
+endif
 
 test: $(READY)  ## all tests, then the core once more without compilation
 	$(RUN) pytest -n 2
 	NUMBA_DISABLE_JIT=1 $(RUN) pytest -n 2 -m core
+
+test-keras: $(KERAS)  ## the Keras adapter on one backend: BACKEND=tensorflow, jax or torch
+	KERAS_BACKEND=$(or $(BACKEND),torch) $(RUN) pytest -n 2 tests/st3_keras tests/test_docs.py adapters/st3_keras
 
 check: $(READY)  ## style and types
 	$(RUN) ruff check
@@ -32,6 +41,10 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'st3core needs Python 3.11 or newer, this is ' + sys.version"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[torch,dev]'
+	touch $@
+
+$(KERAS): $(READY)
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[keras]' tensorflow-cpu jax
 	touch $@
 
 clean:

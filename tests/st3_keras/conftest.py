@@ -1,0 +1,16 @@
+"""These tests run once per backend, in a process of its own: ``KERAS_BACKEND=jax pytest tests/st3_keras``."""
+
+import os
+
+import pytest
+
+BACKEND = os.environ.get("KERAS_BACKEND")
+
+# Without a choice of backend there is nothing to collect: importing Keras would choose one.
+collect_ignore_glob = [] if BACKEND else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "st3_keras" in str(item.path):  # the frameworks below Keras warn of each other
+            item.add_marker(pytest.mark.filterwarnings("default"))
