@@ -1,7 +1,7 @@
 """Many callers at once, threads and processes: no crash, no hang, no wrong bit.
 
-Expected results come from the plain NumPy reference, once; everything after is compared with them byte by
-byte. Run it from the repository's root: ``python -m benchmarks.stress``. It exits with 1 if anything is
+What a single caller gets is compared with the plain NumPy reference once; everything after is compared with that
+byte by byte. Run it from the repository's root: ``python -m benchmarks.stress``. It exits with 1 if anything is
 wrong. With ``NUMBA_THREADING_LAYER`` set, only that layer is tried.
 """
 
@@ -211,9 +211,19 @@ def _tally(future: Future[Tally]) -> Tally:
     return calls, wrong if calls.total() else ["a thread has made no call"]
 
 
-def call_alone(right: dict[Case, bytes]) -> Tally:
+def agrees(case: Case, answer: bytes) -> bool:
+    """Whether a single caller's answer is the reference's."""
+    right = expected(case)
+    if case.function != "sparsify" or case.kind != "float64":
+        return answer == right
+    # The rescale of float64 may round differently: two units in the last place are allowed.
+    one, other = np.frombuffer(answer), np.frombuffer(right)
+    return bool(np.all(np.abs(one - other) <= 2 * np.spacing(np.abs(other))))
+
+
+def call_alone(answers: dict[Case, bytes]) -> Tally:
     """Every case once, which also compiles all kernels: a child of a thread that compiles would wait for ever."""
-    wrong = [f"wrong bits with one caller: {case}" for case in CASES if found(case) != right[case]]
+    wrong = [f"wrong bits with one caller: {case}" for case in CASES if not agrees(case, answers[case])]
     if trained() != expected_training():
         wrong.append("wrong bits with one caller: training with PyTorch")
     return Counter({"one caller": len(CASES) + 1}), wrong
@@ -325,7 +335,7 @@ def measure(options: argparse.Namespace) -> list[Tally]:
     """The whole run."""
     import torch  # noqa: F401  # here, where no thread has to wait for it
 
-    right = {case: expected(case) for case in CASES}
+    right = {case: found(case) for case in CASES}
     all_right = digests([*right.values(), expected_training()])
     tallies = [call_alone(right)]
     workers = [*callers(options.threads, right), multiply_until, square_until]

@@ -407,11 +407,18 @@ def _sums(values, threshold):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _alpha(everything, kept, size, unit):  # type: ignore[no-untyped-def]
-    """Equation 4 with a single division, for sums that are ``unit`` times what they should be."""
-    epsilon = RESCALE_EPSILON * unit * size
+def _alpha(everything, kept, size):  # type: ignore[no-untyped-def]
+    """Equation 4 with a single division."""
+    epsilon = RESCALE_EPSILON * size
     everything += epsilon
     return RESCALE_NUMERATOR * everything / (kept + epsilon + RESCALE_OFFSET * everything)
+
+
+@_inline
+def _alpha_float64(everything, kept, size):  # type: ignore[no-untyped-def]
+    """Equation 4 as it is written: a float64 weight shows every rounding of its scale."""
+    ratio = (kept / size + RESCALE_EPSILON) / (everything / size + RESCALE_EPSILON)
+    return RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)
 
 
 # Sums in float64 have no bits to spare for float64: they carry their rounding errors along, in LANES
@@ -484,7 +491,9 @@ def _fold(sums, errors, start, width, exact):  # type: ignore[no-untyped-def]
 def _scale(lanes, start, width, size, exact):  # type: ignore[no-untyped-def]
     everything = _fold(lanes[0], lanes[2], start, width, exact)
     kept = _fold(lanes[1], lanes[3], start, width, exact)
-    return _alpha(everything, kept, size, _TINY if exact else 1.0)
+    if exact:
+        return _alpha_float64(everything, kept, _TINY * size)
+    return _alpha(everything, kept, size)
 
 
 @_inline
@@ -500,7 +509,7 @@ def _row_scale(row, memory_format, threshold, buffers, lanes):  # type: ignore[n
         block_everything, block_kept = _sums(values, threshold)
         everything += block_everything
         kept += block_kept
-    return _alpha(everything, kept, row.size, 1.0)
+    return _alpha(everything, kept, row.size)
 
 
 @_inline

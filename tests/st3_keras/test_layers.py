@@ -76,7 +76,7 @@ def test_separable_kernels():
 
 
 def test_attention_kernels():
-    layer = layers.MultiHeadAttention(2, 3)
+    layer = layers.MultiHeadAttention(2, 3, name="attention")
     layer(np.zeros((1, 4, 6), np.float32), np.zeros((1, 4, 6), np.float32))
     found = {
         v.path.rpartition("attention/")[2]: channel_axes(part, v)

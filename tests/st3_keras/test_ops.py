@@ -14,7 +14,7 @@ from st3_keras.search import find_thresholds, ranks
 from st3core import Method, PolynomialSchedule
 from tests.st3_keras.networks import BACKEND
 from tests.strategies import DTYPES, thresholds_for, weight_lists, weights
-from tests.tolerances import RESCALE_ULP, RESCALE_ULP_FLOAT64, ulp_distance
+from tests.tolerances import OPERATOR_ULP_FLOAT64, RESCALE_ULP, ulp_distance
 
 METHODS = [
     Method("test", operator=operator, rescale=rescale, backward=rule)
@@ -82,7 +82,7 @@ def test_forward_weight_is_the_core(case):
     assert ((found == 0) == (expected == 0))[normal | (expected == 0)].all()
     if method.rescale == "none":
         assert found[normal].tobytes() == expected[normal].tobytes()
-    allowed = RESCALE_ULP if weight.dtype != np.float64 else 4 * RESCALE_ULP_FLOAT64
+    allowed = RESCALE_ULP if weight.dtype != np.float64 else OPERATOR_ULP_FLOAT64
     assert ulp_distance(found[finite & normal], expected[finite & normal]) <= allowed
 
 

@@ -16,7 +16,7 @@ from st3core import Method
 from st3core.search import count_thresholds, tensor_units
 from tests.st3_torch.networks import every_layer
 from tests.strategies import sparsities, thresholds_for, weight_lists, weights
-from tests.tolerances import RESCALE_ULP, RESCALE_ULP_FLOAT64, ulp_distance
+from tests.tolerances import OPERATOR_ULP_FLOAT64, RESCALE_ULP, ulp_distance
 
 METHODS = [
     Method("test", operator=operator, rescale=rescale, backward=rule)
@@ -85,7 +85,7 @@ def test_forward_with_torch_is_the_core(case):
     expected = by_group(weight, float(rounded(threshold, tensor)), method, layout)
     assert ((found == 0) == (expected == 0)).all()
     # PyTorch sums float64 without carrying the rounding errors along.
-    allowed = RESCALE_ULP if weight.dtype != np.float64 else 4 * RESCALE_ULP_FLOAT64
+    allowed = RESCALE_ULP if weight.dtype != np.float64 else OPERATOR_ULP_FLOAT64
     finite = np.isfinite(expected.astype(np.float64)) & np.isfinite(found.astype(np.float64))
     assert ulp_distance(found[finite], expected[finite]) <= allowed
 
