@@ -43,7 +43,8 @@ class ArrayCounter:
 
     def __init__(self, weights: Sequence[np.ndarray], scales: Sequence[float], names: Sequence[str]) -> None:
         self.size = sum(w.size for w in weights)
-        self._named = list(zip(names, weights, strict=True))
+        self._names = list(names)
+        self._weights: Callable[[], Sequence[np.ndarray]] = lambda: weights
         wide = any(w.dtype.itemsize == 8 for w in weights)
         self.key_dtype: np.dtype[Any] = np.dtype(np.uint64 if wide else np.uint32)
         self._interval = np.empty(3, self.key_dtype)
@@ -51,16 +52,27 @@ class ArrayCounter:
         self._bits = self._float.view(self.key_dtype)
         self.infinity = self.key(np.inf)
         self._tables: list[_Job] = []
-        self._irregular: list[tuple[np.ndarray, float]] = []
+        self._members: list[list[int]] = []
         self._dealt: tuple[int, list[list[tuple[_Job]]]] = (0, [])
+        walkable = [memory_order(w) is not None for w in weights]
+        self._irregular = [(w, s) for w, s, order in zip(weights, scales, walkable, strict=True) if not order]
         for format in MEMORY_FORMATS.values():
-            members = [
-                (w, s) for w, s in zip(weights, scales, strict=True) if w.dtype.newbyteorder("=") == format.dtype
-            ]
-            regular = [(w, s) for w, s in members if memory_order(w) is not None]
-            self._irregular += [(w, s) for w, s in members if memory_order(w) is None]
+            regular = [i for i, w in enumerate(weights) if walkable[i] and w.dtype == format.dtype]
             if regular:
-                self._tables.append(_table(format, [w for w, _ in regular], [s for _, s in regular]))
+                self._tables.append(_table(format, [weights[i] for i in regular], [scales[i] for i in regular]))
+                self._members.append(regular)
+
+    def move(self, shifts: NDArray[np.int64], weights: Callable[[], Sequence[np.ndarray]]) -> None:
+        """Count other arrays from now on, of the same shapes, dtypes and strides, and without gaps.
+
+        Args:
+            shifts: by how many bytes each lies further on than the one in its place before.
+            weights: gives them; called only to name one that is not finite.
+        """
+        self._weights = weights
+        for table, members in zip(self._tables, self._members, strict=True):
+            table.chunks[:, 0] += shifts[members][table.chunks[:, 2]]
+        self._dealt = (0, [])
 
     def key(self, magnitude: float) -> int:
         """Key of a magnitude."""
@@ -155,7 +167,7 @@ class ArrayCounter:
         return self._dealt[1]
 
     def _reject(self) -> None:
-        for name, weight in self._named:
+        for name, weight in zip(self._names, self._weights(), strict=True):
             if not np.isfinite(weight).all():
                 raise ValueError(describe_non_finite(weight, "find_thresholds", name))
         raise ValueError(

@@ -213,6 +213,35 @@ def _apply(
     apply_units(units, np.array([threshold]), memory, method)
 
 
+class PreparedOperator:
+    """The operator on many tensors of one dtype, made ready once for any number of steps.
+
+    It knows addresses only: the memory must be alive at every call.
+
+    Args:
+        tables: of each tensor, from :func:`unit_table`.
+        memory: format of all the weights.
+        method: its operator and rescale matter here.
+    """
+
+    def __init__(self, tables: Sequence[NDArray[np.int64]], memory: MemoryFormat, method: Method) -> None:
+        self._units, self._memory, self._method = np.concatenate(tables), memory, method
+        self._threads, self._shares = threads.thread_count(), thread_shares(self._units, memory, method)
+
+    def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Shift what each tensor is read from, and what is written to, by so many bytes."""
+        tensor = self._units[:, 7]
+        self._units[:, 0] += sources[tensor]
+        self._units[:, 1] += targets[tensor]  # the threads' shares are views
+
+    def __call__(self, limits: np.ndarray) -> None:
+        """Write all forward weights; ``limits`` from :func:`round_thresholds`, one for each tensor."""
+        if self._threads != threads.thread_count():
+            self._threads = threads.thread_count()
+            self._shares = thread_shares(self._units, self._memory, self._method)
+        apply_shares(self._shares, limits)
+
+
 def apply_units(
     units: NDArray[np.int64], thresholds: NDArray[np.float64], memory: MemoryFormat, method: Method
 ) -> None:

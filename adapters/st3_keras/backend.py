@@ -28,19 +28,51 @@ def compute_dtype(dtype: str) -> str:
     return reference.compute_dtype(np.dtype(dtype)).name
 
 
-def must_stay_inside(tensors: Sequence[Any]) -> bool:
-    """Whether the step is compiled in a way that host code cannot take part in, or the weights are on a device."""
+def is_traced(tensors: Sequence[Any]) -> bool:
+    """Whether a step is being compiled rather than run."""
     if BACKEND == "jax":
         import jax
 
-        return any(isinstance(t, jax.core.Tracer) for t in tensors) or any(not _is_local(t) for t in tensors)
+        return any(isinstance(t, jax.core.Tracer) for t in tensors)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    return False
+
+
+def can_call_host(tensors: Sequence[Any], local: bool) -> bool:
+    """Whether compiled code of the host can work on the memory of these tensors.
+
+    Args:
+        tensors: weights, or what stands for them while a step is traced.
+        local: what :func:`are_local` has said of the weights.
+    """
     if BACKEND == "torch":
-        return any(t.device.type != "cpu" for t in tensors)
-    return _in_xla()
+        return all(t.device.type == "cpu" for t in tensors)
+    if BACKEND == "tensorflow":
+        return local and not _in_xla()
+    return local and (_has_buffer_callback() or not is_traced(tensors))
 
 
-def _is_local(tensor: Any) -> bool:
-    return bool(tensor.is_fully_addressable) and all(device.platform == "cpu" for device in tensor.devices())
+def are_local(variables: Sequence[Any]) -> bool:
+    """Whether the memory of these variables is the host's, all of it on one device."""
+    values = [variable.value for variable in variables]
+    if BACKEND == "torch":
+        return all(value.device.type == "cpu" for value in values)
+    if BACKEND == "tensorflow":
+        return all("GPU" not in value.device and "TPU" not in value.device for value in values)
+    return all(
+        value.is_fully_addressable and [device.platform for device in value.devices()] == ["cpu"] for value in values
+    )
+
+
+def _has_buffer_callback() -> bool:
+    try:
+        import jax.experimental.buffer_callback  # noqa: F401
+    except ImportError:  # pragma: no cover  # before JAX 0.6
+        return False
+    return True
 
 
 def _in_xla() -> bool:
@@ -50,13 +82,6 @@ def _in_xla() -> bool:
     if tf.executing_eagerly():
         return False
     return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
-
-
-def as_arrays(tensors: Sequence[Any]) -> list[np.ndarray]:
-    """Arrays over the memory of CPU tensors, without a copy where the backend lets one see it."""
-    if BACKEND == "torch":
-        return [_torch_view(tensor) for tensor in tensors]
-    return [np.asarray(tensor) for tensor in tensors]
 
 
 def _torch_view(tensor: Any) -> np.ndarray:

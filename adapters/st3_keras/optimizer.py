@@ -5,7 +5,7 @@ weight it is the straight-through gradient (spec, equation 6), with stock layers
 compiles a training step. See ``docs/keras.md``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,15 +14,15 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from st3_keras.backend import BACKEND, as_arrays, constant, must_stay_inside, wide
+from st3_keras import calls
+from st3_keras.backend import BACKEND, are_local, can_call_host, constant, is_traced, wide
+from st3_keras.host import Found, HostStep
 from st3_keras.layers import Kernel
 from st3_keras.ops import forward_weight, masked
 from st3_keras.regularizer import RawPenalty, penalty_gradient
 from st3_keras.search import find_thresholds, ranks
-from st3core import PolynomialSchedule, reference, sparsify
-from st3core.counting import ArrayCounter
+from st3core import PolynomialSchedule
 from st3core.method import Method
-from st3core.search import Forecast, order_statistics, tensor_thresholds, tensor_units
 
 _FIELDS = ("target_sparsity", "begin_step", "end_step", "power", "update_frequency", "initial_sparsity")
 
@@ -124,15 +124,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """Find the threshold where the schedule has an update, and write the forward weights into the model."""
         plan = self._plan
         raw = [ops.convert_to_tensor(variable) for variable in plan.raw]
-        if not plan.frozen:
-            iterations = ops.cast(ops.convert_to_tensor(self.iterations), "int32")
-            step = iterations + ops.convert_to_tensor(self._clock)[1]
-            state = [ops.convert_to_tensor(v) for v in (self._limits, self._magnitudes, self._clock)]
-            new = plan.renewed(step, raw, *state)
-            if new is not None:
-                for variable, value in zip((self._limits, self._magnitudes, self._clock), new, strict=True):
-                    variable.assign(value)
-        plan.write_forward(raw, ops.convert_to_tensor(self._limits))
+        if plan.frozen:
+            plan.assign(raw)
+            return
+        variables = self._limits, self._magnitudes, self._clock
+        state = [ops.convert_to_tensor(variable) for variable in variables]
+        step = ops.cast(ops.convert_to_tensor(self.iterations), "int32") + state[2][1]
+        for variable, value in zip(variables, plan.advance(step, state, raw), strict=True):
+            variable.assign(value)
 
     def start(self) -> None:
         """Threshold of the steps made so far, which are none in a new training."""
@@ -142,9 +141,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _find_anew(self, step: int) -> None:
         """Find the threshold for the sparsity after ``step`` steps, on the host and outside of any compiled code."""
         if self._plan.schedule(step):
-            arrays = [constant(raw) for raw in self._plan.raw]
-            kinds = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in (self._limits, self._magnitudes)]
-            limits, magnitudes = self._plan.search(step, arrays, kinds)
+            limits, magnitudes = self._plan.find(step, [constant(raw) for raw in self._plan.raw])
             self._limits.assign(limits)
             self._magnitudes.assign(magnitudes)
             self._clock.assign(np.array([step, *constant(self._clock)[1:]], np.int32))
@@ -180,17 +177,21 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     @property
     def applied_sparsity(self) -> float:
         """Sparsity that the last threshold is for."""
-        return self._plan.schedule(max(int(constant(self._clock)[0]), 0))
+        return self._plan.schedule(self.applied_step)
+
+    @property
+    def applied_step(self) -> int:
+        """Completed optimizer steps at the last search."""
+        return int(constant(self._clock)[0])
 
     def exact_thresholds(self) -> NDArray[np.float64]:
         """Threshold of every kernel in float64."""
-        low, high = (float(x) for x in constant(self._magnitudes))
-        return self._plan.exact_thresholds(self.applied_sparsity, low, high)
+        return self._plan.host.exact_thresholds(self.applied_step, [float(x) for x in constant(self._magnitudes)])
 
     def threshold_state(self) -> dict[str, Any]:
         """The part of :meth:`st3_keras.Sparsifier.state_dict` that is kept here."""
         return {
-            "applied_step": int(constant(self._clock)[0]),
+            "applied_step": self.applied_step,
             "magnitudes": [float(x) for x in constant(self._magnitudes)],
             "frozen": self.is_frozen,
         }
@@ -202,7 +203,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         offset = state["step"] - int(constant(self.iterations))
         self._clock.assign(np.array([state["applied_step"], offset, state["frozen"]], np.int32))
         self._magnitudes.assign(np.array(state["magnitudes"]))
-        limits = np.zeros(len(self._plan.raw)) if state["frozen"] else self._plan.rounded(self.exact_thresholds())
+        limits = np.zeros(len(self._plan.raw)) if state["frozen"] else self._plan.host.rounded(self.exact_thresholds())
         self._limits.assign(limits)
         self._write_all()
 
@@ -223,7 +224,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def _write_all(self) -> None:
         raw = [ops.convert_to_tensor(variable) for variable in self._plan.raw]
-        self._plan.write_forward(raw, ops.convert_to_tensor(self._limits))
+        self._plan.write_forward(raw, constant(self._limits))
 
     @property
     def variables(self) -> list[Any]:
@@ -255,7 +256,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             if self.is_frozen:
                 self._write_all()
             else:
-                self._find_anew(int(constant(self._clock)[0]))
+                self._find_anew(self.applied_step)
 
     def get_config(self) -> dict[str, Any]:
         """What the constructor takes."""
@@ -293,20 +294,21 @@ class Plan:
         self.penalties: list[Any] = [None] * len(kernels)
         self.frozen = False
         self.traced: list[Any] | None = None
-        self._forecast = Forecast()
 
     def attach(self, keys: Sequence[Any], forward: Sequence[Any], raw: Sequence[Any]) -> None:
         """Take note of the variables."""
         self.forward, self.raw = list(forward), list(raw)
         self.raw_of = dict(zip(keys, raw, strict=True))
         self.place_of = {key: place for place, key in enumerate(keys)}
+        self.count = sum(int(np.prod(v.shape)) for v in raw)
         self.penalties = [getattr(v.regularizer, "inner", v.regularizer) for v in forward]
         for place, variable in enumerate(forward):
             if variable.regularizer is not None:
                 variable.regularizer = RawPenalty(self.penalties[place], lambda place=place: self.readable(place))
-        self.dtypes = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in raw]
-        self.units = tensor_units([v.shape for v in raw], self.dtypes, self.method)
-        self.count = sum(int(np.prod(v.shape)) for v in raw)
+        dtypes = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in raw]
+        shapes = [tuple(v.shape) for v in raw]
+        self.host = HostStep(self.names, shapes, dtypes, self.channel_axes, self.method, self.schedule)
+        self.local = are_local(raw)
 
     def readable(self, place: int) -> Any:
         """A kernel's raw weight for the logged loss; JAX can read it within a step of ``fit`` only."""
@@ -324,89 +326,93 @@ class Plan:
             "schedule": schedule_state(self.schedule),
         }
 
-    def renewed(self, step: Any, raw: list[Any], limits: Any, magnitudes: Any, clock: Any) -> Any:
-        """New limits, neighbouring magnitudes and clock where the schedule has an update; else the old ones, or None.
+    def advance(self, step: Any, state: list[Any], raw: list[Any]) -> Sequence[Any]:
+        """Find the threshold if the schedule has an update, and write the forward weights into the model.
 
         Args:
             step: completed optimizer steps, 0-d int32.
+            state: thresholds, each rounded to its kernel's dtype; the magnitudes :math:`e_1, e_2` of the last
+                search; and the clock, int32: step of that search, steps before this optimizer's first, whether
+                frozen.
             raw: raw weights.
-            limits: thresholds, each rounded to its kernel's dtype.
-            magnitudes: :math:`e_1, e_2` of the last search.
-            clock: int32: step of the last search, steps before this optimizer's first, whether frozen.
+
+        Returns:
+            The new state.
         """
-        if must_stay_inside(raw):
-            table = ranks(self.schedule, self.count)
+        if not can_call_host(raw, self.local):
+            limits, *others = self._renewed_inside(step, state, raw)
+            self._write_inside(raw, limits)
+            return limits, *others
+        if is_traced(raw):
+            within = {"jax": calls.in_jax_step, "tensorflow": calls.in_tensorflow_graph}[BACKEND]
+            new, forward = within(self._on_host, step, state, raw)
+            self.assign(forward)
+            return list(new)
+        known = [constant(part) for part in state]
+        found: list[np.ndarray] = []
+        self._eagerly(lambda addresses: found.extend(self._on_host(int(step), known, addresses)), raw)
+        return found
 
-            def inside() -> tuple[Any, Any, Any]:
-                found, around = find_thresholds(raw, step, table, self.method, magnitudes)
-                stacked = ops.stack([ops.cast(limit, limits.dtype) for limit in found])
-                return stacked, around, ops.stack([step, clock[1], clock[2]])
+    def _on_host(self, step: int, state: Sequence[np.ndarray], addresses: NDArray[np.int64]) -> calls.State:
+        limits, magnitudes, clock = state
+        try:
+            found = self.host(step, int(clock[0]), (limits, magnitudes), addresses)
+        except ValueError:
+            if BACKEND != "jax":
+                raise
+            # A step of JAX has given its old weights away already, and must end; the callback will tell.
+            self.host.write(limits, addresses)
+            return limits, np.array([np.nan, np.nan], magnitudes.dtype), clock
+        applied = step if self.host.is_due(step, int(clock[0])) else clock[0]
+        new_clock = np.array([applied, *clock[1:]], clock.dtype)
+        return found[0].astype(limits.dtype), found[1].astype(magnitudes.dtype), new_clock
 
-            return _if(self._is_due(step, clock), inside, lambda: (limits, magnitudes, clock))
-        if _in_graph():
-            return self._renewed_by_host_function(step, raw, limits, magnitudes, clock)
-        if not bool(self._is_due(step, clock)):
-            return None
-        kinds = [np.dtype(keras.backend.standardize_dtype(x.dtype)) for x in (limits, magnitudes)]
-        return *self.search(int(step), as_arrays(raw), kinds), ops.stack([step, clock[1], clock[2]])
+    def _renewed_inside(self, step: Any, state: list[Any], raw: list[Any]) -> Any:
+        limits, magnitudes, clock = state
+        table = ranks(self.schedule, self.count)
 
-    def _renewed_by_host_function(self, step: Any, raw: list[Any], limits: Any, magnitudes: Any, clock: Any) -> Any:
-        import tensorflow as tf
+        def search() -> tuple[Any, Any, Any]:
+            found, around = find_thresholds(raw, step, table, self.method, magnitudes)
+            stacked = ops.stack([ops.cast(limit, limits.dtype) for limit in found])
+            return stacked, around, ops.stack([step, clock[1], clock[2]])
 
-        def outside() -> tuple[Any, Any, Any]:
-            kinds = [np.dtype(keras.backend.standardize_dtype(x.dtype)) for x in (limits, magnitudes)]
-            found = tf.numpy_function(lambda t, *w: self.search(int(t), w, kinds), [step, *raw], kinds)
-            shaped = [tf.ensure_shape(f, old.shape) for f, old in zip(found, (limits, magnitudes), strict=True)]
-            return shaped[0], shaped[1], ops.stack([step, clock[1], clock[2]])
-
-        return _if(self._is_due(step, clock), outside, lambda: (limits, magnitudes, clock))
-
-    def _is_due(self, step: Any, clock: Any) -> Any:
         since = step - self.schedule.begin_step
-        return ops.logical_and(
-            ops.logical_and(since >= 0, since % self.schedule.update_frequency == 0), step > clock[0]
-        )
+        due = ops.logical_and(since >= 0, since % self.schedule.update_frequency == 0)
+        with wide():
+            return ops.cond(ops.logical_and(due, step > clock[0]), search, lambda: (limits, magnitudes, clock))
 
-    def search(
-        self, step: int, raw: Sequence[np.ndarray], kinds: Sequence[np.dtype[Any]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The core's search, on the host: limits rounded to each kernel's dtype, and the two magnitudes.
+    def find(self, step: int, raw: Sequence[np.ndarray]) -> Found:
+        """The search alone, on the host: limits and magnitudes for the sparsity after ``step`` steps.
 
         Raises:
             ValueError: a weight is NaN or infinite; the message names it.
         """
-        counter = ArrayCounter([np.asarray(w) for w in raw], self.units, self.names)
-        sparsity = self.schedule(step)
-        if sparsity == 0:
-            counter.gather(0, 0, 0)  # for its check that all weights are finite
-            return np.zeros(len(raw), kinds[0]), np.zeros(2, kinds[1])
-        rank, _ = reference.position(counter.size, sparsity)
-        low, high = (counter.magnitude(key) for key in order_statistics(counter, rank, self._forecast))
-        exact = self.exact_thresholds(sparsity, low, high)
-        return self.rounded(exact).astype(kinds[0]), np.array([low, high], kinds[1])
+        return self.host.find(step, calls.addresses(raw, raw))
 
-    def exact_thresholds(self, sparsity: float, low: float, high: float) -> NDArray[np.float64]:
-        """Threshold of every kernel in float64, from the two neighbouring magnitudes (equations 2b and 2c)."""
-        if sparsity == 0:
-            return np.zeros(len(self.names))
-        _, fraction = reference.position(self.count, sparsity)
-        value = low + fraction * (high - low) if fraction else low
-        return tensor_thresholds(value, low, high, self.units, self.dtypes)
+    def write_forward(self, raw: list[Any], limits: np.ndarray) -> None:
+        """Forward weights of all kernels, into the model's variables; outside of any compiled code."""
+        if can_call_host(raw, self.local):
+            self._eagerly(lambda addresses: self.host.write(limits, addresses), raw)
+        else:
+            self._write_inside(raw, ops.convert_to_tensor(limits))
 
-    def rounded(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Each rounded once to its kernel's dtype, by NumPy: backends go to half precision through float32."""
-        with np.errstate(over="ignore"):
-            values = [t.astype(dtype).astype(np.float64) for t, dtype in zip(thresholds, self.dtypes, strict=True)]
-        return np.array(values)
+    def _eagerly(self, call: Callable[[NDArray[np.int64]], object], raw: list[Any]) -> None:
+        if BACKEND == "torch":
+            calls.on_torch_tensors(call, raw, [variable.value.data for variable in self.forward])
+        else:
+            self.assign(calls.on_arrays(call, [constant(weight) for weight in raw]))
 
-    def write_forward(self, raw: list[Any], limits: Any) -> None:
-        """Forward weights of all kernels, into the model's variables."""
-        for place, (variable, weight) in enumerate(zip(self.forward, raw, strict=True)):
-            axes = self.channel_axes[place]
-            if BACKEND == "torch" and not must_stay_inside([weight]):
-                _write_in_place(variable.value, weight, float(limits[place]), self.method, axes)
-            else:
-                variable.assign(forward_weight(weight, ops.cast(limits[place], weight.dtype), self.method, axes))
+    def _write_inside(self, raw: list[Any], limits: Any) -> None:
+        cases = zip(raw, self.channel_axes, strict=True)
+        self.assign(
+            forward_weight(weight, ops.cast(limits[place], weight.dtype), self.method, axes)
+            for place, (weight, axes) in enumerate(cases)
+        )
+
+    def assign(self, values: Iterable[Any]) -> None:
+        """Let the model compute with these forward weights."""
+        for variable, value in zip(self.forward, values, strict=True):
+            variable.assign(value)
 
 
 def kernel_config(kernels: Sequence[Kernel], trainable_variables: Sequence[Any]) -> list[dict[str, Any]]:
@@ -439,24 +445,3 @@ def rekey(optimizer: keras.optimizers.Optimizer, new: dict[Any, Any]) -> None:
 
 def _keeps_average(optimizer: keras.optimizers.Optimizer) -> bool:
     return bool(optimizer.use_ema) or any(_keeps_average(part) for part in getattr(optimizer, "optimizers", []))
-
-
-def _in_graph() -> bool:
-    if BACKEND != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    return not tf.executing_eagerly()
-
-
-def _if(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-    with wide():
-        return ops.cond(condition, then, otherwise)
-
-
-def _write_in_place(target: Any, raw: Any, threshold: float, method: Method, channel_axes: tuple[int, ...]) -> None:
-    import torch
-
-    source, out = as_arrays([raw, target])
-    torch.autograd.graph.increment_version(target)  # a graph that still needs the old weights must notice
-    sparsify(source, threshold, method, channel_axis=channel_axes, out=out, check_finite=False)

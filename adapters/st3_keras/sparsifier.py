@@ -157,7 +157,7 @@ class Sparsifier(keras.callbacks.Callback):
                     f"Sparsifier: model was saved with {part} {there[part]!r}, but this Sparsifier has {own[part]!r}"
                 )
         optimizer.build(self._model.trainable_variables)
-        optimizer.plan.names = [kernel.name for kernel in kernels]
+        optimizer.plan.names[:] = [kernel.name for kernel in kernels]
         self._sparse = optimizer
         optimizer.owned = True
 

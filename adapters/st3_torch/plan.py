@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from st3_torch.layers import ChannelLayout
 from st3_torch.memory import as_array, on_cpu
 from st3_torch.parametrization import SparseWeight
-from st3core import threads
 from st3core.counting import ArrayCounter
 from st3core.memory import MEMORY_FORMATS, MemoryFormat, memory_order
 from st3core.method import Method
-from st3core.operators import apply_shares, is_walkable, round_thresholds, thread_shares, unit_table
+from st3core.operators import PreparedOperator, is_walkable, round_thresholds, unit_table
 from st3core.search import Forecast, count_thresholds, tensor_units
 
 _buffer, _dtype = itemgetter("threshold"), attrgetter("dtype")
@@ -112,13 +111,11 @@ class _Group:
         buffers: Sequence[dict[str, torch.Tensor | None]],
         method: Method,
     ) -> None:
-        self._memory, self._method, tables = memory, method, []
+        self._memory, tables = memory, []
         self._members = [index for index, weight in enumerate(raw) if as_array(weight.detach()).dtype == memory.dtype]
         for place, index in enumerate(self._members):
             tables.append(_table(raw[index], forward[index], layouts[index], place))
-        self._units = np.concatenate(tables)
-        self._shares = thread_shares(self._units, memory, method)
-        self._threads = threads.thread_count()
+        self._operator = PreparedOperator(tables, memory, method)
         old = [buffers[index]["threshold"] for index in self._members]
         compute = torch.float64 if memory.compute == np.float64 else torch.float32
         self._thresholds = torch.stack([threshold.detach().to(compute) for threshold in old if threshold is not None])
@@ -132,9 +129,7 @@ class _Group:
         self._thresholds.copy_(torch.from_numpy(rounded))
 
     def compute_forward(self) -> None:
-        if self._threads != threads.thread_count():
-            self._shares, self._threads = thread_shares(self._units, self._memory, self._method), threads.thread_count()
-        apply_shares(self._shares, self.limits)
+        self._operator(self.limits)
 
 
 def _table(weight: torch.Tensor, output: torch.Tensor, layout: ChannelLayout, place: int) -> NDArray[np.int64]:

@@ -1,0 +1,161 @@
+"""A whole sparse step on the host: the threshold and all forward weights, by the core's compiled kernels."""
+
+import ctypes
+from collections.abc import Sequence
+from math import prod
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from st3core import PolynomialSchedule, reference, sparsify
+from st3core.counting import ArrayCounter
+from st3core.memory import MEMORY_FORMATS
+from st3core.method import Method
+from st3core.operators import PreparedOperator, is_walkable, unit_table
+from st3core.search import Forecast, order_statistics, tensor_thresholds, tensor_units
+
+Found = tuple[np.ndarray, np.ndarray]
+"""Limits, that is thresholds rounded to each kernel's dtype; and the two neighbouring magnitudes (equation 2b)."""
+
+
+class HostStep:
+    """Search and operator over kernels whose memory may lie elsewhere at each step.
+
+    Args:
+        names: what to call each kernel in an error message.
+        shapes: of each.
+        dtypes: of each.
+        channel_axes: of each, sorted and not negative.
+        method: what to compute.
+        schedule: sparsity as a function of the step.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[np.dtype[Any]],
+        channel_axes: Sequence[tuple[int, ...]],
+        method: Method,
+        schedule: PolynomialSchedule,
+    ) -> None:
+        self.names, self._shapes, self._dtypes, self._axes = names, shapes, dtypes, channel_axes
+        self._method, self._schedule = method, schedule
+        self._units = tensor_units(shapes, dtypes, method)
+        self._size = sum(map(prod, shapes))
+        self._forecast = Forecast()
+        self._lock = Lock()  # replicas of a distributed step may come at once
+        self._addresses = np.empty((2, 0), np.int64)
+
+    def __call__(self, step: int, applied: int, last: Found, addresses: NDArray[np.int64]) -> Found:
+        """Find the threshold if the schedule has an update, and write all forward weights.
+
+        Args:
+            step: completed optimizer steps.
+            applied: step of the last search.
+            last: what it found.
+            addresses: of the raw weights, and of the forward weights; shape ``(2, kernels)``. The memory is
+                C-contiguous, and alive during the call.
+
+        Returns:
+            What the last search has found, which may be this one.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; the message names it. Nothing has been written.
+        """
+        with self._lock:
+            self._move(addresses)
+            found = self._search(step) if self.is_due(step, applied) else last
+            self._write(found[0])
+        return found
+
+    def is_due(self, step: int, applied: int) -> bool:
+        """Whether the schedule has an update after ``step`` steps, and the last search was for an earlier one."""
+        return step > applied and self._schedule.is_update_step(step)
+
+    def find(self, step: int, addresses: NDArray[np.int64]) -> Found:
+        """The search alone, for the sparsity after ``step`` steps."""
+        with self._lock:
+            self._move(addresses)
+            return self._search(step)
+
+    def write(self, limits: np.ndarray, addresses: NDArray[np.int64]) -> None:
+        """The operator alone."""
+        with self._lock:
+            self._move(addresses)
+            self._write(limits)
+
+    def exact_thresholds(self, step: int, magnitudes: Sequence[float]) -> NDArray[np.float64]:
+        """Threshold of every kernel in float64 after a search for ``step`` that found these magnitudes (equation 2)."""
+        sparsity, (low, high) = self._schedule(step), magnitudes
+        if sparsity == 0:
+            return np.zeros(len(self.names))
+        _, fraction = reference.position(self._size, sparsity)
+        value = low + fraction * (high - low) if fraction else low
+        return tensor_thresholds(value, low, high, self._units, self._dtypes)
+
+    def rounded(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Each rounded once to its kernel's dtype, by NumPy: backends go to half precision through float32."""
+        with np.errstate(over="ignore"):
+            values = [t.astype(dtype).astype(np.float64) for t, dtype in zip(thresholds, self._dtypes, strict=True)]
+        return np.array(values)
+
+    def _search(self, step: int) -> Found:
+        sparsity = self._schedule(step)
+        if sparsity == 0:
+            self._counter.gather(0, 0, 0)  # for its check that all weights are finite
+            return np.zeros(len(self.names)), np.zeros(2)
+        rank, _ = reference.position(self._size, sparsity)
+        keys = order_statistics(self._counter, rank, self._forecast)
+        magnitudes = [self._counter.magnitude(key) for key in keys]
+        return self.rounded(self.exact_thresholds(step, magnitudes)), np.array(magnitudes)
+
+    def _write(self, limits: np.ndarray) -> None:
+        for members, dtype, operator in self._operators:
+            operator(limits[members].astype(dtype))
+        for kernel in self._others:
+            weight, output = (self._array(row, kernel) for row in (0, 1))
+            axes = self._axes[kernel]
+            sparsify(weight, float(limits[kernel]), self._method, channel_axis=axes, out=output, check_finite=False)
+
+    def _move(self, addresses: NDArray[np.int64]) -> None:
+        if not self._addresses.size:
+            self._prepare(addresses)
+        shifts = addresses - self._addresses
+        if not shifts.any():
+            return
+        self._addresses = addresses
+        self._counter.move(shifts[0], self._weights)
+        for members, _, operator in self._operators:
+            operator.move(shifts[0, members], shifts[1, members])
+
+    def _prepare(self, addresses: NDArray[np.int64]) -> None:
+        self._addresses = addresses
+        weights = self._weights()
+        self._counter = ArrayCounter(weights, self._units, self.names)
+        walkable = [w.size and is_walkable(w, axes) for w, axes in zip(weights, self._axes, strict=True)]
+        self._others = [kernel for kernel, walks in enumerate(walkable) if not walks]
+        self._operators = []
+        for memory in MEMORY_FORMATS.values():
+            members = [k for k, dtype in enumerate(self._dtypes) if walkable[k] and dtype == memory.dtype]
+            tables = [
+                unit_table(
+                    tuple(addresses[:, k].tolist()), memory.dtype.itemsize, self._shapes[k], self._axes[k], place
+                )
+                for place, k in enumerate(members)
+            ]
+            if tables:
+                self._operators.append((members, memory.compute, PreparedOperator(tables, memory, self._method)))
+
+    def _weights(self) -> list[np.ndarray]:
+        return [self._array(0, kernel) for kernel in range(len(self.names))]
+
+    def _array(self, row: int, kernel: int) -> np.ndarray:
+        shape, dtype = self._shapes[kernel], self._dtypes[kernel]
+        if not prod(shape):
+            return np.empty(shape, dtype)
+        size = prod(shape) * dtype.itemsize
+        memory: Any = (ctypes.c_char * size).from_address(int(self._addresses[row, kernel]))
+        return np.ndarray(shape, dtype, memory)
