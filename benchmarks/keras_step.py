@@ -1,0 +1,162 @@
+"""Steps of training by Keras' ``fit``, dense and sparse by turns, on each backend.
+
+Run it from the repository's root: ``python -m benchmarks.keras_step``. Each backend gets a process of its own, which
+trains a dense and a sparse model by turns: one epoch of either is a round. Beside them, in the same process, the
+core's own step over the same kernels: the search from a forecast, and the operator.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks import machine
+from benchmarks.grid import Grid, number, with_spread
+from benchmarks.step import operator, warm_search, whole_step
+from benchmarks.timing import alternating, quartiles
+
+BACKENDS = ("tensorflow", "jax", "torch")
+RESULTS = Path(__file__).parent / "results/keras_step.json"
+NETWORKS = {"100 variables": ([32] * 49 + [10], 64), "5 million weights": ([2048, 1408, 10], 1024)}
+"""Units of each linear layer, and features of an input."""
+
+_BATCH, _RAMP = 64, 100_000
+_STEPS = {"100 variables": 100, "5 million weights": 12}
+"""Steps of an epoch."""
+
+
+def epochs(units: list[int], features: int, steps: int, sparsity: float) -> dict[str, Callable[[], float]]:
+    """An epoch of dense, and one of sparse training; each call gives the seconds of a step."""
+    import keras
+
+    from st3_keras import PolynomialSchedule, Sparsifier
+
+    class Clock(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self.start = time.perf_counter()
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.seconds = (time.perf_counter() - self.start) / steps
+
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((_BATCH * steps, features), np.float32)
+    y = generator.integers(units[-1], size=len(x))
+
+    def epoch(sparse: bool) -> Callable[[], float]:
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Dense(n, activation="relu") for n in units[:-1]]
+        model = keras.Sequential([keras.Input((features,)), *layers, keras.layers.Dense(units[-1])])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.001, momentum=0.9), loss)
+        clock = Clock()  # before the Sparsifier, whose look at the zeros at the end of an epoch is no part of a step
+        schedule = PolynomialSchedule(sparsity, begin_step=0, end_step=_RAMP, initial_sparsity=0.875 * sparsity)
+        callbacks = [clock, Sparsifier(model, schedule)] if sparse else [clock]
+
+        def run() -> float:
+            model.fit(x, y, batch_size=_BATCH, shuffle=False, verbose=0, callbacks=callbacks)
+            return clock.seconds
+
+        return run
+
+    return {"dense": epoch(False), "sparse": epoch(True)}
+
+
+def core_step(units: list[int], features: int, sparsity: float) -> Callable[[], object]:
+    """The core's own step over kernels of the same shapes."""
+    generator, shapes = np.random.default_rng(0), zip([features, *units[:-1]], units, strict=True)
+    weights = [generator.standard_normal(shape, np.float32) for shape in shapes]
+    outputs = [np.empty_like(weight) for weight in weights]
+    return whole_step(warm_search(weights, sparsity), operator(weights, outputs, channel_axis=-1))
+
+
+def measure(network: str, sparsity: float, rounds: int) -> dict[str, Any]:
+    """Figures of one network on the backend of this process."""
+    units, features = NETWORKS[network]
+    runs, core = epochs(units, features, _STEPS[network], sparsity), core_step(units, features, sparsity)
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in (*runs, "core")}
+    for turn in range(rounds):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            seconds[name].append(runs[name]())
+        seconds["core"] += alternating({"core": core}, 1, repeats=_STEPS[network])["core"]
+    dense, sparse, own = (np.array(seconds[name]) for name in ("dense", "sparse", "core"))
+    return {
+        "rounds": rounds,
+        "steps_a_round": _STEPS[network],
+        "ratio": quartiles(sparse / dense),
+        "added_in_core_steps": quartiles((sparse - dense) / own),
+        "added_milliseconds": quartiles(1e3 * (sparse - dense)),
+        "dense_milliseconds": 1e3 * float(np.median(dense)),
+        "core_milliseconds": 1e3 * float(np.median(own)),
+    }
+
+
+def in_process(backend: str, sparsity: float, rounds: int) -> dict[str, Any]:
+    """Figures of one backend, from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.keras_step", "--here"]
+    command += ["--sparsity", str(sparsity), "--rounds", str(rounds)]
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return figures
+
+
+def grid(figures: dict[str, dict[str, Any]]) -> Grid:
+    """A row for each network on each backend."""
+    columns = ("", "sparse step, in dense steps", "added, in core steps", "added, ms", "dense step, ms")
+    rows = [
+        (
+            f"{network}, {backend}",
+            with_spread(own["ratio"]),
+            with_spread(own["added_in_core_steps"]),
+            number(own["added_milliseconds"]["median"]),
+            number(own["dense_milliseconds"]),
+        )
+        for backend, networks in figures.items()
+        for network, own in networks.items()
+    ]
+    return Grid("A training step in Keras", columns, tuple(rows))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="backends to measure")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="share of zeros")
+    parser.add_argument("--rounds", type=int, default=15, help="epochs of each model")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write")
+    parser.add_argument("--here", action="store_true", help="measure in this process, by KERAS_BACKEND; print JSON")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if not 0 < options.sparsity < 1:
+        parser.error(f"--sparsity must be between 0 and 1, got {options.sparsity}")
+    return options
+
+
+def main() -> None:
+    """Measure, print and save."""
+    options = parse_arguments()
+    if options.here:
+        print(json.dumps({network: measure(network, options.sparsity, options.rounds) for network in NETWORKS}))
+        return
+    figures = {backend: in_process(backend, options.sparsity, options.rounds) for backend in options.backends}
+    setting = {**machine.describe(), "sparsity": options.sparsity}
+    console = Console(width=140)
+    console.print(f"{machine.name(setting)}; {machine.versions(setting)}")
+    grid(figures).print(console)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"setting": setting, "backends": figures}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
