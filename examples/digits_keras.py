@@ -124,7 +124,8 @@ def make_network(seed: int) -> keras.Model:
         ]
 
     blocks = [*block(32, "conv1"), *block(64, "conv2", strides=2), *block(64, "conv3")]
-    last = [layers.GlobalAveragePooling2D(), layers.Dense(10, name="linear", **options())]
+    bias = keras.initializers.RandomUniform(-1 / 8, 1 / 8)  # 64 inputs: one over their square root
+    last = [layers.GlobalAveragePooling2D(), layers.Dense(10, name="linear", bias_initializer=bias, **options())]
     return keras.Sequential([keras.Input((8, 8, 1)), *blocks, *last], name="digits")
 
 

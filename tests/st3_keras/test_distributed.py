@@ -6,7 +6,9 @@ import pytest
 
 from tests.st3_keras.networks import BACKEND
 
-KINDS = {"tensorflow": ["mirrored"], "jax": ["data_parallel", "model_parallel"], "torch": []}[BACKEND]
+KINDS = {"tensorflow": ["mirrored"], "jax": ["data_parallel", "model_parallel"], "torch": ["data_parallel_torch"]}[
+    BACKEND
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -18,3 +20,4 @@ def test_two_devices_train_like_one(kind):
     assert two["sparsity"] == one["sparsity"] > 0.79
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert two["thresholds"] == pytest.approx(one["thresholds"], rel=1e-5)
+    assert len(set(two.get("digests", ["one process"]))) == 1
