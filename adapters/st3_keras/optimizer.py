@@ -5,16 +5,17 @@ weight it is the straight-through gradient (spec, equation 6), with stock layers
 compiles a training step. See ``docs/keras.md``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from st3_keras.backend import BACKEND, as_arrays, constant, must_stay_inside, wide
+from st3_keras.backend import BACKEND, as_arrays, compute_dtype, constant, must_stay_inside, wide
 from st3_keras.layers import Kernel
 from st3_keras.ops import forward_weight, masked
 from st3_keras.regularizer import RawPenalty, penalty_gradient
@@ -54,10 +55,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         name: str | None = None,
     ) -> None:
         super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = inner_optimizer
+        self.wrapped = inner_optimizer  # not under Keras' usual name, by which callbacks would reach past this one
         self.owned = False  # by a Sparsifier of this process
         self._plan = Plan(kernels, Method(**method), PolynomialSchedule(**schedule))  # type: ignore[arg-type]
         self._plan.frozen = frozen
+        self._remember(None)
 
     @property
     def plan(self) -> "Plan":
@@ -68,7 +70,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """Make the raw weights, and let the inner optimizer train them instead of the model's variables."""
         if self.built:
             return
-        plan, inner = self._plan, self.inner_optimizer
+        plan, inner = self._plan, self.wrapped
         forward = [variables[index] for index in plan.indices]
         raw = [self._add_raw(variable) for variable in forward]
         wide_keys = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in forward)
@@ -100,12 +102,18 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.build(variables)
         self._check_variables_are_known(variables)
         rule = [self._raw_gradient(g, v) for g, v in zip(grads, variables, strict=True)]
-        zeros = [ops.equal(ops.convert_to_tensor(v), 0) for v in self._plan.forward] if self._plan.frozen else []
-        self.inner_optimizer.apply(rule, self._trained(variables))
+        zeros = self._zeros() if self._plan.frozen else []
+        self.wrapped.apply(rule, self._trained(variables))
+        self._put_back(zeros)
+        self.renew()
+
+    def _zeros(self) -> list[Any]:
+        return [ops.equal(ops.convert_to_tensor(variable), 0) for variable in self._plan.forward]
+
+    def _put_back(self, zeros: list[Any]) -> None:
         for raw, zero in zip(self._plan.raw, zeros, strict=bool(zeros)):
             value = ops.convert_to_tensor(raw)
             raw.assign(ops.where(zero, ops.zeros_like(value), value))
-        self.renew()
 
     def _raw_gradient(self, grad: Any, variable: Any) -> Any:
         place = self._plan.place_of.get(self._var_key(variable))
@@ -117,7 +125,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         penalty = self._plan.penalties[place]
         if penalty is None:
             return grad
-        scale = self.inner_optimizer.loss_scale_factor or 1
+        scale = self.wrapped.loss_scale_factor or 1
         return grad + ops.cast(penalty_gradient(penalty, raw) * scale, grad.dtype)
 
     def renew(self) -> None:
@@ -142,13 +150,46 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _find_anew(self, step: int) -> None:
         """Find the threshold for the sparsity after ``step`` steps, on the host and outside of any compiled code."""
         if self._plan.schedule(step):
-            arrays = [constant(raw) for raw in self._plan.raw]
-            kinds = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in (self._limits, self._magnitudes)]
-            limits, magnitudes = self._plan.search(step, arrays, kinds)
+            limits, magnitudes = self._search(step, [constant(raw) for raw in self._plan.raw])
             self._limits.assign(limits)
             self._magnitudes.assign(magnitudes)
             self._clock.assign(np.array([step, *constant(self._clock)[1:]], np.int32))
         self._write_all()
+
+    def _search(self, step: int, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        kinds = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in (self._limits, self._magnitudes)]
+        return self._plan.search(step, arrays, kinds)
+
+    def written_places(self) -> list[int]:
+        """Places of the kernels that do not hold the forward weight of their raw weight: something else wrote them."""
+        plan, limits = self._plan, ops.convert_to_tensor(self._limits)
+        if self._exchanged is not None and any(self._holds(values) for values in self._exchanged[:2]):
+            return []
+        differing = []
+        for place, (variable, raw) in enumerate(zip(plan.forward, plan.raw, strict=True)):
+            weight = ops.convert_to_tensor(raw)
+            limit = ops.cast(limits[place], weight.dtype)
+            expected = forward_weight(weight, limit, plan.method, plan.channel_axes[place])
+            differing.append(_differ(ops.convert_to_tensor(variable), expected, plan.dtypes[place]))
+        return [place for place, differs in enumerate(differing) if bool(differs)]
+
+    def adopted(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """Raw weights with those taken in that were written into the model, and the magnitudes of their threshold."""
+        arrays, magnitudes = [constant(raw) for raw in self._plan.raw], constant(self._magnitudes)
+        places = self.written_places()
+        for place in places:
+            arrays[place] = constant(self._plan.forward[place])
+        step = self._applied_step
+        if places and not self.is_frozen and self._plan.schedule(step):
+            _, magnitudes = self._search(step, arrays)
+        return arrays, magnitudes
+
+    def adopt(self, places: Sequence[int]) -> None:
+        """Make what the model holds the raw weights of these kernels, and threshold it as the others are."""
+        for place in places:
+            self._plan.raw[place].assign(constant(self._plan.forward[place]))
+        if not self.is_frozen:
+            self._find_anew(self._applied_step)
 
     def continue_from(self, other: "SparseOptimizer") -> None:
         """Take over raw weights, threshold and count of steps of the wrapper of a former ``compile``."""
@@ -173,6 +214,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return bool(constant(self._clock)[2])
 
     @property
+    def _applied_step(self) -> int:
+        return max(int(constant(self._clock)[0]), 0)
+
+    @property
     def magnitudes(self) -> Any:
         """The two neighbouring magnitudes of the last search."""
         return self._magnitudes
@@ -180,7 +225,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     @property
     def applied_sparsity(self) -> float:
         """Sparsity that the last threshold is for."""
-        return self._plan.schedule(max(int(constant(self._clock)[0]), 0))
+        return self._plan.schedule(self._applied_step)
 
     def exact_thresholds(self) -> NDArray[np.float64]:
         """Threshold of every kernel in float64."""
@@ -189,9 +234,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def threshold_state(self) -> dict[str, Any]:
         """The part of :meth:`st3_keras.Sparsifier.state_dict` that is kept here."""
+        arrays, magnitudes = self.adopted()
         return {
+            "raw": dict(zip(self._plan.names, arrays, strict=True)),
             "applied_step": int(constant(self._clock)[0]),
-            "magnitudes": [float(x) for x in constant(self._magnitudes)],
+            "magnitudes": [float(x) for x in magnitudes],
             "frozen": self.is_frozen,
         }
 
@@ -208,15 +255,19 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def freeze(self) -> None:
         """Make the forward weights the raw ones, without threshold from now on."""
+        averages = self._averages()
         for variable, raw in zip(self._plan.forward, self._plan.raw, strict=True):
             raw.assign(constant(variable))
+            average = averages.get(self._var_key(raw))
+            if average is not None:  # of dense weights, which an average of the frozen ones cannot start from
+                average.assign(constant(variable))
         self._limits.assign(np.zeros(len(self._plan.raw)))
         self._clock.assign(np.array([*constant(self._clock)[:2], 1], np.int32))
         self._plan.frozen = True
 
     def detach(self) -> None:
         """Let the inner optimizer train the model's variables again, which stay as they are."""
-        plan, inner = self._plan, self.inner_optimizer
+        plan, inner = self._plan, self.wrapped
         rekey(inner, {self._var_key(raw): v for v, raw in zip(plan.forward, plan.raw, strict=True)})
         for variable, penalty in zip(plan.forward, plan.penalties, strict=True):
             variable.regularizer = penalty
@@ -228,40 +279,118 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     @property
     def variables(self) -> list[Any]:
         """Its own variables, then those of the inner optimizer."""
-        return list(self._variables) + list(self.inner_optimizer.variables)
+        return list(self._variables) + list(self.wrapped.variables)
 
     @property
     def iterations(self) -> Any:
         """Completed optimizer steps, those of the inner optimizer."""
-        return self.inner_optimizer.iterations
+        return self.wrapped.iterations
 
     @property
     def learning_rate(self) -> Any:
         """That of the inner optimizer."""
-        return self.inner_optimizer.learning_rate
+        return self.wrapped.learning_rate
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
+        self.wrapped.learning_rate = learning_rate
+
+    def _get_current_learning_rate(self) -> Any:
+        return self.wrapped._get_current_learning_rate()  # which TensorBoard logs
 
     def scale_loss(self, loss: Any) -> Any:
         """As the inner optimizer does."""
-        return self.inner_optimizer.scale_loss(loss)
+        return self.wrapped.scale_loss(loss)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """At the end of ``fit``: averaged weights, where the inner optimizer keeps them, and their forward weights."""
-        if _keeps_average(self.inner_optimizer):
-            self.inner_optimizer.finalize_variable_values(self._trained(var_list))
+        if _keeps_average(self.wrapped):
+            zeros = self._zeros() if self.is_frozen else []
+            self.wrapped.finalize_variable_values(self._trained(var_list))
+            self._put_back(zeros)
             if self.is_frozen:
                 self._write_all()
             else:
-                self._find_anew(int(constant(self._clock)[0]))
+                self._find_anew(self._applied_step)
+            self._remember(None)
+
+    # What the callback SwapEMAWeights exchanges with the model's variables while it evaluates.
+
+    @property
+    def _model_variables_moving_average(self) -> Iterator[Any]:
+        """For each trainable variable what to evaluate in its place: of kernels, the average's forward weight.
+
+        The callback asks for the same once more to change back. Nothing is computed before it takes the first.
+        """
+        if not _keeps_average(self.wrapped):
+            raise AttributeError("no optimizer with use_ema=True")  # so that the callback says what is missing
+        return self._exchange()
+
+    def _exchange(self) -> Iterator[Any]:
+        if not self._is_exchanged:
+            averages = self._averaged()
+            others = [self.add_variable_from_reference(v, name="exchanged") for v in self._trainable_variables]
+            for other, average in zip(others, averages, strict=True):
+                self._untrack_variable(other)
+                other.assign(average)
+            self._remember(([constant(v) for v in self._trainable_variables], averages, others))
+        yield from self._exchanged[2]
+
+    def _averaged(self) -> list[np.ndarray]:
+        """For each trainable variable its average; of kernels, its forward weight at the present sparsity."""
+        plan, averages = self._plan, self._averages()
+        variables = self._trained(self._trainable_variables)
+        values = [constant(averages.get(self._var_key(v), v)) for v in variables]
+        raw = [values[index] for index in plan.indices]
+        frozen, step = self.is_frozen, self._applied_step
+        limits = np.zeros(len(raw)) if frozen or not plan.schedule(step) else self._search(step, raw)[0]
+        for place, index in enumerate(plan.indices):
+            weight = ops.convert_to_tensor(raw[place])
+            limit = ops.cast(limits[place], weight.dtype)
+            value = constant(forward_weight(weight, limit, plan.method, plan.channel_axes[place]))
+            values[index] = np.where(constant(plan.forward[place]) == 0, 0, value) if frozen else value
+        return values
+
+    def _averages(self) -> dict[Any, Any]:
+        """The wrapped optimizer's average of each variable that it trains, by key."""
+        found = {}
+        for part in getattr(self.wrapped, "optimizers", [self.wrapped]):
+            averages = getattr(part, "_model_variables_moving_average", [])
+            pairs = zip(part._trainable_variables, averages, strict=bool(averages))
+            found.update({self._var_key(v): average for v, average in pairs if average is not None})
+        return found
+
+    def _remember(self, exchanged: Any) -> None:
+        """Values before, values while exchanged, and the variables for the callback; not to be tracked or saved."""
+        object.__setattr__(self, "_exchanged", exchanged)
+
+    @property
+    def _is_exchanged(self) -> bool:
+        return self._exchanged is not None and self._holds(self._exchanged[1]) and not self._holds(self._exchanged[0])
+
+    def _holds(self, values: Sequence[np.ndarray]) -> bool:
+        """Whether these are the model's trainable variables; TensorFlow's exchange by sums loses last places."""
+        for variable, value, *both in zip(self._trainable_variables, values, *self._exchanged[:2], strict=True):
+            there, value = constant(variable).astype(np.float64), value.astype(np.float64)
+            most = sum(np.abs(x.astype(np.float64)) for x in both)
+            if not (np.abs(there - value) <= 4 * _resolution(both[0].dtype) * most).all():
+                return False
+        return True
+
+    def end_exchange(self) -> None:
+        """Write back to the last bit what an exchange of the callback took out of the model."""
+        if self._exchanged is None:
+            return
+        if any(self._holds(values) for values in self._exchanged[:2]):
+            for variable, value in zip(self._trainable_variables, self._exchanged[0], strict=True):
+                variable.assign(value)
+        self._remember(None)
 
     def get_config(self) -> dict[str, Any]:
         """What the constructor takes."""
         return {
             "name": self.name,
-            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "inner_optimizer": keras.saving.serialize_keras_object(self.wrapped),
             **self._plan.get_config(),
         }
 
@@ -431,6 +560,10 @@ def rekey(optimizer: keras.optimizers.Optimizer, new: dict[Any, Any]) -> None:
     indices.update(moved)
     variables = [new.get(key(v), v) for v in optimizer._trainable_variables]
     object.__setattr__(optimizer, "_trainable_variables", variables)  # not to be tracked
+    part_of = getattr(optimizer, "_var_to_optimizer_idx", {})  # of a MultiOptimizer
+    places = {key(new[k]) if k in new else k: i for k, i in part_of.items()}
+    part_of.clear()
+    part_of.update(places)
     excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
     if excluded:
         object.__setattr__(optimizer, "_exclude_from_weight_decay", {key(new[k]) if k in new else k for k in excluded})
@@ -439,6 +572,24 @@ def rekey(optimizer: keras.optimizers.Optimizer, new: dict[Any, Any]) -> None:
 
 def _keeps_average(optimizer: keras.optimizers.Optimizer) -> bool:
     return bool(optimizer.use_ema) or any(_keeps_average(part) for part in getattr(optimizer, "optimizers", []))
+
+
+def _differ(found: Any, expected: Any, dtype: np.dtype[Any]) -> Any:
+    """Whether any number differs by more than compilers may; what is not finite in ``expected`` does not count."""
+    with wide():
+        found, expected = (ops.cast(x, compute_dtype(dtype.name)) for x in (found, expected))
+        near = 64 * _resolution(np.dtype(compute_dtype(dtype.name))) + 2 * _resolution(dtype)
+        least = 2 * float(_limits_of(dtype).smallest_normal)  # XLA takes subnormal numbers for zeros
+        same = ops.abs(found - expected) <= near * ops.abs(expected) + least
+        return ops.any(ops.logical_and(ops.logical_not(same), ops.isfinite(expected)))
+
+
+def _resolution(dtype: np.dtype[Any]) -> float:
+    return float(_limits_of(dtype).eps)
+
+
+def _limits_of(dtype: np.dtype[Any]) -> Any:
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 def _in_graph() -> bool:
