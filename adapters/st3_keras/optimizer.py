@@ -131,9 +131,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def renew(self) -> None:
         """Find the threshold where the schedule has an update, and write the forward weights into the model."""
         plan = self._plan
-        raw = [ops.convert_to_tensor(variable) for variable in plan.raw]
+        iterations = ops.cast(ops.convert_to_tensor(self.iterations), "int32")
+        raw = [_as_stored(ops.convert_to_tensor(variable), iterations) for variable in plan.raw]
         if not plan.frozen:
-            iterations = ops.cast(ops.convert_to_tensor(self.iterations), "int32")
             step = iterations + ops.convert_to_tensor(self._clock)[1]
             state = [ops.convert_to_tensor(v) for v in (self._limits, self._magnitudes, self._clock)]
             new = plan.renewed(step, raw, *state)
@@ -328,6 +328,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def _exchange(self) -> Iterator[Any]:
         if not self._is_exchanged:
+            self.end_exchange()
             averages = self._averaged()
             others = [self.add_variable_from_reference(v, name="exchanged") for v in self._trainable_variables]
             for other, average in zip(others, averages, strict=True):
@@ -572,6 +573,14 @@ def rekey(optimizer: keras.optimizers.Optimizer, new: dict[Any, Any]) -> None:
 
 def _keeps_average(optimizer: keras.optimizers.Optimizer) -> bool:
     return bool(optimizer.use_ema) or any(_keeps_average(part) for part in getattr(optimizer, "optimizers", []))
+
+
+def _as_stored(weight: Any, count: Any) -> Any:
+    """The weight as its variable holds it; XLA goes on with more digits than half precision has, where it can."""
+    if not must_stay_inside([weight]) or np.dtype(keras.backend.standardize_dtype(weight.dtype)).itemsize != 2:
+        return weight
+    nothing = ops.cast(count < 0, "int16")  # which the compiler cannot know, so that it has to make the bits
+    return ops.view(ops.view(weight, "int16") + nothing, keras.backend.standardize_dtype(weight.dtype))
 
 
 def _differ(found: Any, expected: Any, dtype: np.dtype[Any]) -> Any:
