@@ -306,7 +306,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """At the end of ``fit``: averaged weights, where the inner optimizer keeps them, and their forward weights."""
         if _keeps_average(self.wrapped):
             zeros = self._zeros() if self.is_frozen else []
-            self.wrapped.finalize_variable_values(self._trained(var_list))
+            trained = self._trained(var_list)
+            self.wrapped.finalize_variable_values(trained)
+            for variable in trained if BACKEND == "jax" else []:
+                variable.assign(constant(variable))  # a copy: JAX gives the memory of the average away too
             self._put_back(zeros)
             if self.is_frozen:
                 self._write_all()
