@@ -95,6 +95,20 @@ def _torch_view(tensor: Any) -> np.ndarray:
     return array
 
 
+def as_stored(weight: Any, count: Any) -> Any:
+    """A weight as its variable holds it; XLA goes on with more digits than half precision has, where it can.
+
+    Args:
+        weight: tensor.
+        count: an integer tensor that is never negative, which compilers cannot know.
+    """
+    dtype = keras.backend.standardize_dtype(weight.dtype)
+    if np.dtype(dtype).itemsize != 2:
+        return weight
+    nothing = keras.ops.cast(count < 0, "int16")  # so that the bits have to be made
+    return keras.ops.view(keras.ops.view(weight, "int16") + nothing, dtype)
+
+
 def constant(value: Any) -> Any:
     """Value of a tensor as a NumPy array, a copy that nobody else owns."""
     tensor = keras.ops.convert_to_tensor(value)

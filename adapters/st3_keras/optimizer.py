@@ -5,26 +5,21 @@ weight it is the straight-through gradient (spec, equation 6), with stock layers
 compiles a training step. See ``docs/keras.md``.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from st3_keras import calls
-from st3_keras.backend import BACKEND, are_local, can_call_host, constant, is_traced, wide
-from st3_keras.host import Found, HostStep
-from st3_keras.layers import Kernel
-from st3_keras.ops import forward_weight, masked
-from st3_keras.regularizer import RawPenalty, penalty_gradient
-from st3_keras.search import find_thresholds, ranks
+from st3_keras.backend import BACKEND, compute_dtype, constant
+from st3_keras.ops import masked
+from st3_keras.plan import Plan
+from st3_keras.regularizer import penalty_gradient
 from st3core import PolynomialSchedule
 from st3core.method import Method
-
-_FIELDS = ("target_sparsity", "begin_step", "end_step", "power", "update_frequency", "initial_sparsity")
 
 
 @keras.saving.register_keras_serializable("st3_keras")
@@ -54,13 +49,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         name: str | None = None,
     ) -> None:
         super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = inner_optimizer
+        self.wrapped = inner_optimizer  # not under Keras' usual name, by which callbacks would reach past this one
         self.owned = False  # by a Sparsifier of this process
         self._plan = Plan(kernels, Method(**method), PolynomialSchedule(**schedule))  # type: ignore[arg-type]
         self._plan.frozen = frozen
+        self._remember(None)
 
     @property
-    def plan(self) -> "Plan":
+    def plan(self) -> Plan:
         """Which variables are sparsified, and how; unknown to Keras' tracking."""
         return self._plan
 
@@ -68,7 +64,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """Make the raw weights, and let the inner optimizer train them instead of the model's variables."""
         if self.built:
             return
-        plan, inner = self._plan, self.inner_optimizer
+        plan, inner = self._plan, self.wrapped
         forward = [variables[index] for index in plan.indices]
         raw = [self._add_raw(variable) for variable in forward]
         wide_keys = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in forward)
@@ -100,12 +96,18 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.build(variables)
         self._check_variables_are_known(variables)
         rule = [self._raw_gradient(g, v) for g, v in zip(grads, variables, strict=True)]
-        zeros = [ops.equal(ops.convert_to_tensor(v), 0) for v in self._plan.forward] if self._plan.frozen else []
-        self.inner_optimizer.apply(rule, self._trained(variables))
+        zeros = self._zeros() if self._plan.frozen else []
+        self.wrapped.apply(rule, self._trained(variables))
+        self._put_back(zeros)
+        self.renew()
+
+    def _zeros(self) -> list[Any]:
+        return [ops.equal(ops.convert_to_tensor(variable), 0) for variable in self._plan.forward]
+
+    def _put_back(self, zeros: list[Any]) -> None:
         for raw, zero in zip(self._plan.raw, zeros, strict=bool(zeros)):
             value = ops.convert_to_tensor(raw)
             raw.assign(ops.where(zero, ops.zeros_like(value), value))
-        self.renew()
 
     def _raw_gradient(self, grad: Any, variable: Any) -> Any:
         place = self._plan.place_of.get(self._var_key(variable))
@@ -117,7 +119,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         penalty = self._plan.penalties[place]
         if penalty is None:
             return grad
-        scale = self.inner_optimizer.loss_scale_factor or 1
+        scale = self.wrapped.loss_scale_factor or 1
         return grad + ops.cast(penalty_gradient(penalty, raw) * scale, grad.dtype)
 
     def renew(self) -> None:
@@ -146,6 +148,33 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self._magnitudes.assign(magnitudes)
             self._clock.assign(np.array([step, *constant(self._clock)[1:]], np.int32))
         self._write_all()
+
+    def written_places(self) -> list[int]:
+        """Places of the kernels that do not hold the forward weight of their raw weight: something else wrote them."""
+        plan = self._plan
+        if self._exchanged is not None and any(self._holds(values) for values in self._exchanged[:2]):
+            return []
+        expected = plan.forward_values([constant(raw) for raw in plan.raw], constant(self._limits))
+        pairs = enumerate(zip(plan.forward, expected, strict=True))
+        return [place for place, (variable, value) in pairs if _differ(constant(variable), value)]
+
+    def adopted(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """Raw weights with those taken in that were written into the model, and the magnitudes of their threshold."""
+        arrays, magnitudes = [constant(raw) for raw in self._plan.raw], constant(self._magnitudes)
+        places = self.written_places()
+        for place in places:
+            arrays[place] = constant(self._plan.forward[place])
+        step = self.applied_step
+        if places and not self.is_frozen and self._plan.schedule(step):
+            _, magnitudes = self._plan.find(step, arrays)
+        return arrays, magnitudes
+
+    def adopt(self, places: Sequence[int]) -> None:
+        """Make what the model holds the raw weights of these kernels, and threshold it as the others are."""
+        for place in places:
+            self._plan.raw[place].assign(constant(self._plan.forward[place]))
+        if not self.is_frozen:
+            self._find_anew(self.applied_step)
 
     def continue_from(self, other: "SparseOptimizer") -> None:
         """Take over raw weights, threshold and count of steps of the wrapper of a former ``compile``."""
@@ -182,7 +211,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     @property
     def applied_step(self) -> int:
         """Completed optimizer steps at the last search."""
-        return int(constant(self._clock)[0])
+        return max(int(constant(self._clock)[0]), 0)
 
     def exact_thresholds(self) -> NDArray[np.float64]:
         """Threshold of every kernel in float64."""
@@ -190,9 +219,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def threshold_state(self) -> dict[str, Any]:
         """The part of :meth:`st3_keras.Sparsifier.state_dict` that is kept here."""
+        arrays, magnitudes = self.adopted()
         return {
+            "raw": dict(zip(self._plan.names, arrays, strict=True)),
             "applied_step": self.applied_step,
-            "magnitudes": [float(x) for x in constant(self._magnitudes)],
+            "magnitudes": [float(x) for x in magnitudes],
             "frozen": self.is_frozen,
         }
 
@@ -209,15 +240,19 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def freeze(self) -> None:
         """Make the forward weights the raw ones, without threshold from now on."""
+        averages = self._averages()
         for variable, raw in zip(self._plan.forward, self._plan.raw, strict=True):
             raw.assign(constant(variable))
+            average = averages.get(self._var_key(raw))
+            if average is not None:  # of dense weights, which an average of the frozen ones cannot start from
+                average.assign(constant(variable))
         self._limits.assign(np.zeros(len(self._plan.raw)))
         self._clock.assign(np.array([*constant(self._clock)[:2], 1], np.int32))
         self._plan.frozen = True
 
     def detach(self) -> None:
         """Let the inner optimizer train the model's variables again, which stay as they are."""
-        plan, inner = self._plan, self.inner_optimizer
+        plan, inner = self._plan, self.wrapped
         rekey(inner, {self._var_key(raw): v for v, raw in zip(plan.forward, plan.raw, strict=True)})
         for variable, penalty in zip(plan.forward, plan.penalties, strict=True):
             variable.regularizer = penalty
@@ -229,40 +264,119 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     @property
     def variables(self) -> list[Any]:
         """Its own variables, then those of the inner optimizer."""
-        return list(self._variables) + list(self.inner_optimizer.variables)
+        return list(self._variables) + list(self.wrapped.variables)
 
     @property
     def iterations(self) -> Any:
         """Completed optimizer steps, those of the inner optimizer."""
-        return self.inner_optimizer.iterations
+        return self.wrapped.iterations
 
     @property
     def learning_rate(self) -> Any:
         """That of the inner optimizer."""
-        return self.inner_optimizer.learning_rate
+        return self.wrapped.learning_rate
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
+        self.wrapped.learning_rate = learning_rate
+
+    def _get_current_learning_rate(self) -> Any:
+        return self.wrapped._get_current_learning_rate()  # which TensorBoard logs
 
     def scale_loss(self, loss: Any) -> Any:
         """As the inner optimizer does."""
-        return self.inner_optimizer.scale_loss(loss)
+        return self.wrapped.scale_loss(loss)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """At the end of ``fit``: averaged weights, where the inner optimizer keeps them, and their forward weights."""
-        if _keeps_average(self.inner_optimizer):
-            self.inner_optimizer.finalize_variable_values(self._trained(var_list))
+        if _keeps_average(self.wrapped):
+            zeros = self._zeros() if self.is_frozen else []
+            trained = self._trained(var_list)
+            self.wrapped.finalize_variable_values(trained)
+            for variable in trained if BACKEND == "jax" else []:
+                variable.assign(constant(variable))  # a copy: JAX gives the memory of the average away too
+            self._put_back(zeros)
             if self.is_frozen:
                 self._write_all()
             else:
                 self._find_anew(self.applied_step)
+            self._remember(None)
+
+    # What the callback SwapEMAWeights exchanges with the model's variables while it evaluates.
+
+    @property
+    def _model_variables_moving_average(self) -> Iterator[Any]:
+        """For each trainable variable what to evaluate in its place: of kernels, the average's forward weight.
+
+        The callback asks for the same once more to change back. Nothing is computed before it takes the first.
+        """
+        if not _keeps_average(self.wrapped):
+            raise AttributeError("no optimizer with use_ema=True")  # so that the callback says what is missing
+        return self._exchange()
+
+    def _exchange(self) -> Iterator[Any]:
+        if not self._is_exchanged:
+            self.end_exchange()
+            averages = self._averaged()
+            others = [self.add_variable_from_reference(v, name="exchanged") for v in self._trainable_variables]
+            for other, average in zip(others, averages, strict=True):
+                self._untrack_variable(other)
+                other.assign(average)
+            self._remember(([constant(v) for v in self._trainable_variables], averages, others))
+        yield from self._exchanged[2]
+
+    def _averaged(self) -> list[np.ndarray]:
+        """For each trainable variable its average; of kernels, its forward weight at the present sparsity."""
+        plan, averages = self._plan, self._averages()
+        variables = self._trained(self._trainable_variables)
+        values: list[np.ndarray] = [constant(averages.get(self._var_key(v), v)) for v in variables]
+        raw = [values[index] for index in plan.indices]
+        frozen, step = self.is_frozen, self.applied_step
+        limits = np.zeros(len(raw)) if frozen or not plan.schedule(step) else plan.find(step, raw)[0]
+        for place, value in enumerate(plan.forward_values(raw, limits)):
+            values[plan.indices[place]] = np.where(constant(plan.forward[place]) == 0, 0, value) if frozen else value
+        return values
+
+    def _averages(self) -> dict[Any, Any]:
+        """The wrapped optimizer's average of each variable that it trains, by key."""
+        found = {}
+        for part in getattr(self.wrapped, "optimizers", [self.wrapped]):
+            averages = getattr(part, "_model_variables_moving_average", [])
+            pairs = zip(part._trainable_variables, averages, strict=bool(averages))
+            found.update({self._var_key(v): average for v, average in pairs if average is not None})
+        return found
+
+    def _remember(self, exchanged: Any) -> None:
+        """Values before, values while exchanged, and the variables for the callback; not to be tracked or saved."""
+        object.__setattr__(self, "_exchanged", exchanged)
+
+    @property
+    def _is_exchanged(self) -> bool:
+        return self._exchanged is not None and self._holds(self._exchanged[1]) and not self._holds(self._exchanged[0])
+
+    def _holds(self, values: Sequence[np.ndarray]) -> bool:
+        """Whether these are the model's trainable variables; TensorFlow's exchange by sums loses last places."""
+        for variable, value, *both in zip(self._trainable_variables, values, *self._exchanged[:2], strict=True):
+            there, value = constant(variable).astype(np.float64), value.astype(np.float64)
+            most = sum(np.abs(x.astype(np.float64)) for x in both)
+            if not (np.abs(there - value) <= 4 * _resolution(both[0].dtype) * most).all():
+                return False
+        return True
+
+    def end_exchange(self) -> None:
+        """Write back to the last bit what an exchange of the callback took out of the model."""
+        if self._exchanged is None:
+            return
+        if any(self._holds(values) for values in self._exchanged[:2]):
+            for variable, value in zip(self._trainable_variables, self._exchanged[0], strict=True):
+                variable.assign(value)
+        self._remember(None)
 
     def get_config(self) -> dict[str, Any]:
         """What the constructor takes."""
         return {
             "name": self.name,
-            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "inner_optimizer": keras.saving.serialize_keras_object(self.wrapped),
             **self._plan.get_config(),
         }
 
@@ -271,159 +385,6 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """Unbuilt optimizer of a configuration."""
         inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects)
         return cls(**{**config, "inner_optimizer": inner})
-
-
-class Plan:
-    """Which variables are sparsified and how, and where their raw weights are.
-
-    Args:
-        kernels: as in :class:`SparseOptimizer`.
-        method: what to compute.
-        schedule: sparsity as a function of the step.
-    """
-
-    def __init__(self, kernels: Sequence[dict[str, Any]], method: Method, schedule: PolynomialSchedule) -> None:
-        self.names = [str(kernel["name"]) for kernel in kernels]
-        self.indices = [int(kernel["index"]) for kernel in kernels]
-        self.channel_axes = [tuple(kernel["channel_axes"]) for kernel in kernels]
-        self.method, self.schedule = method, schedule
-        self.forward: list[Any] = []
-        self.raw: list[Any] = []
-        self.raw_of: dict[Any, Any] = {}
-        self.place_of: dict[Any, int] = {}
-        self.penalties: list[Any] = [None] * len(kernels)
-        self.frozen = False
-        self.traced: list[Any] | None = None
-
-    def attach(self, keys: Sequence[Any], forward: Sequence[Any], raw: Sequence[Any]) -> None:
-        """Take note of the variables."""
-        self.forward, self.raw = list(forward), list(raw)
-        self.raw_of = dict(zip(keys, raw, strict=True))
-        self.place_of = {key: place for place, key in enumerate(keys)}
-        self.count = sum(int(np.prod(v.shape)) for v in raw)
-        self.penalties = [getattr(v.regularizer, "inner", v.regularizer) for v in forward]
-        for place, variable in enumerate(forward):
-            if variable.regularizer is not None:
-                variable.regularizer = RawPenalty(self.penalties[place], lambda place=place: self.readable(place))
-        dtypes = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in raw]
-        shapes = [tuple(v.shape) for v in raw]
-        self.host = HostStep(self.names, shapes, dtypes, self.channel_axes, self.method, self.schedule)
-        self.local = are_local(raw)
-
-    def readable(self, place: int) -> Any:
-        """A kernel's raw weight for the logged loss; JAX can read it within a step of ``fit`` only."""
-        if BACKEND != "jax":
-            return ops.convert_to_tensor(self.raw[place])
-        return None if self.traced is None else self.traced[place]
-
-    def get_config(self) -> dict[str, Any]:
-        """Plain numbers and strings."""
-        parts = zip(self.names, self.indices, self.channel_axes, strict=True)
-        return {
-            "kernels": [{"name": n, "index": i, "channel_axes": list(axes)} for n, i, axes in parts],
-            "method": asdict(self.method),
-            "frozen": self.frozen,
-            "schedule": schedule_state(self.schedule),
-        }
-
-    def advance(self, step: Any, state: list[Any], raw: list[Any]) -> Sequence[Any]:
-        """Find the threshold if the schedule has an update, and write the forward weights into the model.
-
-        Args:
-            step: completed optimizer steps, 0-d int32.
-            state: thresholds, each rounded to its kernel's dtype; the magnitudes :math:`e_1, e_2` of the last
-                search; and the clock, int32: step of that search, steps before this optimizer's first, whether
-                frozen.
-            raw: raw weights.
-
-        Returns:
-            The new state.
-        """
-        if not can_call_host(raw, self.local):
-            limits, *others = self._renewed_inside(step, state, raw)
-            self._write_inside(raw, limits)
-            return limits, *others
-        if is_traced(raw):
-            within = {"jax": calls.in_jax_step, "tensorflow": calls.in_tensorflow_graph}[BACKEND]
-            new, forward = within(self._on_host, step, state, raw)
-            self.assign(forward)
-            return list(new)
-        known = [constant(part) for part in state]
-        found: list[np.ndarray] = []
-        self._eagerly(lambda addresses: found.extend(self._on_host(int(step), known, addresses)), raw)
-        return found
-
-    def _on_host(self, step: int, state: Sequence[np.ndarray], addresses: NDArray[np.int64]) -> calls.State:
-        limits, magnitudes, clock = state
-        try:
-            found = self.host(step, int(clock[0]), (limits, magnitudes), addresses)
-        except ValueError:
-            if BACKEND != "jax":
-                raise
-            # A step of JAX has given its old weights away already, and must end; the callback will tell.
-            self.host.write(limits, addresses)
-            return limits, np.array([np.nan, np.nan], magnitudes.dtype), clock
-        applied = step if self.host.is_due(step, int(clock[0])) else clock[0]
-        new_clock = np.array([applied, *clock[1:]], clock.dtype)
-        return found[0].astype(limits.dtype), found[1].astype(magnitudes.dtype), new_clock
-
-    def _renewed_inside(self, step: Any, state: list[Any], raw: list[Any]) -> Any:
-        limits, magnitudes, clock = state
-        table = ranks(self.schedule, self.count)
-
-        def search() -> tuple[Any, Any, Any]:
-            found, around = find_thresholds(raw, step, table, self.method, magnitudes)
-            stacked = ops.stack([ops.cast(limit, limits.dtype) for limit in found])
-            return stacked, around, ops.stack([step, clock[1], clock[2]])
-
-        since = step - self.schedule.begin_step
-        due = ops.logical_and(since >= 0, since % self.schedule.update_frequency == 0)
-        with wide():
-            return ops.cond(ops.logical_and(due, step > clock[0]), search, lambda: (limits, magnitudes, clock))
-
-    def find(self, step: int, raw: Sequence[np.ndarray]) -> Found:
-        """The search alone, on the host: limits and magnitudes for the sparsity after ``step`` steps.
-
-        Raises:
-            ValueError: a weight is NaN or infinite; the message names it.
-        """
-        return self.host.find(step, calls.addresses(raw, raw))
-
-    def write_forward(self, raw: list[Any], limits: np.ndarray) -> None:
-        """Forward weights of all kernels, into the model's variables; outside of any compiled code."""
-        if can_call_host(raw, self.local):
-            self._eagerly(lambda addresses: self.host.write(limits, addresses), raw)
-        else:
-            self._write_inside(raw, ops.convert_to_tensor(limits))
-
-    def _eagerly(self, call: Callable[[NDArray[np.int64]], object], raw: list[Any]) -> None:
-        if BACKEND == "torch":
-            calls.on_torch_tensors(call, raw, [variable.value.data for variable in self.forward])
-        else:
-            self.assign(calls.on_arrays(call, [constant(weight) for weight in raw]))
-
-    def _write_inside(self, raw: list[Any], limits: Any) -> None:
-        cases = zip(raw, self.channel_axes, strict=True)
-        self.assign(
-            forward_weight(weight, ops.cast(limits[place], weight.dtype), self.method, axes)
-            for place, (weight, axes) in enumerate(cases)
-        )
-
-    def assign(self, values: Iterable[Any]) -> None:
-        """Let the model compute with these forward weights."""
-        for variable, value in zip(self.forward, values, strict=True):
-            variable.assign(value)
-
-
-def kernel_config(kernels: Sequence[Kernel], trainable_variables: Sequence[Any]) -> list[dict[str, Any]]:
-    """What :class:`SparseOptimizer` takes for these kernels."""
-    index = {id(v): i for i, v in enumerate(trainable_variables)}
-    return [{"name": k.name, "index": index[id(k.variable)], "channel_axes": list(k.channel_axes)} for k in kernels]
-
-
-def schedule_state(schedule: PolynomialSchedule) -> dict[str, float]:
-    """Fields of a schedule as plain numbers."""
-    return {field: getattr(schedule, field) for field in _FIELDS}
 
 
 def rekey(optimizer: keras.optimizers.Optimizer, new: dict[Any, Any]) -> None:
@@ -437,6 +398,10 @@ def rekey(optimizer: keras.optimizers.Optimizer, new: dict[Any, Any]) -> None:
     indices.update(moved)
     variables = [new.get(key(v), v) for v in optimizer._trainable_variables]
     object.__setattr__(optimizer, "_trainable_variables", variables)  # not to be tracked
+    part_of = getattr(optimizer, "_var_to_optimizer_idx", {})  # of a MultiOptimizer
+    places = {key(new[k]) if k in new else k: i for k, i in part_of.items()}
+    part_of.clear()
+    part_of.update(places)
     excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
     if excluded:
         object.__setattr__(optimizer, "_exclude_from_weight_decay", {key(new[k]) if k in new else k for k in excluded})
@@ -445,3 +410,22 @@ def rekey(optimizer: keras.optimizers.Optimizer, new: dict[Any, Any]) -> None:
 
 def _keeps_average(optimizer: keras.optimizers.Optimizer) -> bool:
     return bool(optimizer.use_ema) or any(_keeps_average(part) for part in getattr(optimizer, "optimizers", []))
+
+
+def _differ(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether any number differs by more than compilers may; what is not finite in ``expected`` does not count."""
+    compute = np.dtype(compute_dtype(found.dtype.name))
+    near = 64 * _resolution(compute) + 2 * _resolution(found.dtype)
+    least = 2 * float(_limits_of(found.dtype).smallest_normal)  # XLA takes subnormal numbers for zeros
+    found, expected = found.astype(compute), expected.astype(compute)
+    with np.errstate(invalid="ignore"):
+        same = np.abs(found - expected) <= near * np.abs(expected) + least
+    return bool((~same & np.isfinite(expected)).any())
+
+
+def _resolution(dtype: np.dtype[Any]) -> float:
+    return float(_limits_of(dtype).eps)
+
+
+def _limits_of(dtype: np.dtype[Any]) -> Any:
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]

@@ -13,7 +13,8 @@ from keras.optimizers import LossScaleOptimizer
 from st3_keras.backend import BACKEND, constant
 from st3_keras.layers import Kernel, Rule, find_kernels
 from st3_keras.macs import multiply_adds
-from st3_keras.optimizer import Plan, SparseOptimizer, kernel_config, schedule_state
+from st3_keras.optimizer import SparseOptimizer
+from st3_keras.plan import Plan, kernel_config, schedule_state
 from st3_keras.report import Report
 from st3_keras.state import check_state
 from st3core import PolynomialSchedule
@@ -85,6 +86,7 @@ class Sparsifier(keras.callbacks.Callback):
         self._kernels: list[Kernel] = []
         self._skipped: dict[str, str] = {}
         self._finalized = False
+        self._begins = False
         self._model = model
         self._attach()
 
@@ -94,7 +96,8 @@ class Sparsifier(keras.callbacks.Callback):
         """Called by ``fit``, before any other callback may load a state."""
         if model is not self._model:
             raise ValueError(f"Sparsifier: it was made for the model {self._model.name!r}, got {model.name!r} in fit")
-        self._require_open("set_model")
+        self._require_open("fit")
+        self._check_kernels_train()
         self._attach()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -108,6 +111,13 @@ class Sparsifier(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Follow a state that another callback has loaded."""
         self._follow()
+        self._begins = True
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Before an epoch's first step, when all callbacks had their say: take in what was written into the model."""
+        if self._begins:
+            self._begins = False
+            self._take_in()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add ``sparsity`` and ``target_sparsity`` to what ``fit`` logs."""
@@ -133,6 +143,8 @@ class Sparsifier(keras.callbacks.Callback):
         else:
             config = kernel_config(kernels, model.trainable_variables)
             made = SparseOptimizer(optimizer, config, asdict(self.method), schedule_state(self.schedule))
+            if self._sparse is not None:
+                self._check_same_kernels(kernels)
             before, self._sparse = self._sparse, made
             made.build(model.trainable_variables)
             if before is not None:
@@ -199,6 +211,36 @@ class Sparsifier(keras.callbacks.Callback):
         if model.train_function is not None:
             model.make_train_function(force=True)
 
+    def _check_kernels_train(self) -> None:
+        """Raise unless every kernel is still a variable that the model trains."""
+        trained = {id(v) for v in self._model.trainable_variables}
+        missing = [kernel.name for kernel in self._kernels if id(kernel.variable) not in trained]
+        if missing:
+            raise ValueError(
+                f"Sparsifier: {', '.join(missing)} must train as when the Sparsifier was made, but the model does not "
+                "train it now; let the layer train again, or finalize() before you freeze layers, call enable_lora() "
+                "or quantize()"
+            )
+
+    def _check_same_kernels(self, kernels: Sequence[Kernel]) -> None:
+        known = {id(kernel.variable) for kernel in self._kernels}
+        more = [kernel.name for kernel in kernels if id(kernel.variable) not in known]
+        if more:
+            raise ValueError(
+                f"Sparsifier: {', '.join(more)} did not train when the Sparsifier was made; finalize(), and make a new "
+                "Sparsifier for the model as it is now"
+            )
+
+    def _take_in(self) -> None:
+        """Make weights that something else has written into the model the raw weights of their kernels."""
+        if self._sparse is None:
+            return
+        self._sparse.end_exchange()
+        places = self._sparse.written_places()
+        if places:
+            self._check_weights([self._kernels[place] for place in places])
+            self._sparse.adopt(places)
+
     def _follow(self) -> None:
         """Compile anew if a state was loaded that is frozen, or one that is not."""
         if self._sparse is not None and self._sparse.plan.frozen != self._sparse.is_frozen:
@@ -225,17 +267,20 @@ class Sparsifier(keras.callbacks.Callback):
         """Make sure that the model holds the forward weights of the completed optimizer steps.
 
         For loops of your own: the wrapped optimizer renews the threshold at each step by itself, so this only
-        checks, and catches up where weights were loaded or the model was built late.
+        checks, and catches up where weights were loaded or written or the model was built late. Weights that were
+        written into the model since the last step become the raw weights of their kernels.
 
         Raises:
-            ValueError: a weight is NaN or infinite.
+            ValueError: a weight is NaN or infinite, or the model does not train a kernel any more.
             RuntimeError: the model has been finalized, or there is no optimizer yet.
         """
         self._require_open("step")
+        self._check_kernels_train()
         self._attach()
         self._require_attached("step")
         self._check_finite()
         self._follow()
+        self._take_in()
         self._require_attached("step").renew()
 
     @property
@@ -288,14 +333,12 @@ class Sparsifier(keras.callbacks.Callback):
         """What has to be saved beside a model that is saved without its optimizer; plain numbers and arrays."""
         sparse = self._require_attached("state_dict")
         self._synced()
-        raw = [constant(variable) for variable in sparse.plan.raw]
         shapes = [list(kernel.variable.shape) for kernel in self._kernels]
         return {
             "step": self.step_count,
             "method": asdict(self.method),
             "schedule": schedule_state(self.schedule),
             "shapes": dict(zip(sparse.plan.names, shapes, strict=True)),
-            "raw": dict(zip(sparse.plan.names, raw, strict=True)),
             **sparse.threshold_state(),
         }
 
@@ -348,7 +391,7 @@ class Sparsifier(keras.callbacks.Callback):
             holder = current if _scales(current) else None
             if "train_step" in vars(self._model):
                 object.__delattr__(self._model, "train_step")
-            self._install(holder, sparse.inner_optimizer)
+            self._install(holder, sparse.wrapped)
         self._finalized = True
         return self._model
 

@@ -120,7 +120,7 @@ def test_schedules_of_the_learning_rate():
     plain = compiled(small_net())
     Sparsifier(plain, ramp())
     plain.optimizer.learning_rate = 0.25
-    assert float(ops.convert_to_numpy(plain.optimizer.inner_optimizer.learning_rate)) == 0.25
+    assert float(ops.convert_to_numpy(plain.optimizer.wrapped.learning_rate)) == 0.25
 
 
 @modes

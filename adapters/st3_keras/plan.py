@@ -1,0 +1,180 @@
+"""Which variables of a model are sparsified and how; and the threshold and the forward weights of a step."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from numpy.typing import NDArray
+
+from st3_keras import calls
+from st3_keras.backend import BACKEND, are_local, as_stored, can_call_host, constant, is_traced, wide
+from st3_keras.host import Found, HostStep
+from st3_keras.layers import Kernel
+from st3_keras.ops import forward_weight
+from st3_keras.regularizer import RawPenalty
+from st3_keras.search import find_thresholds, ranks
+from st3core import PolynomialSchedule
+from st3core.method import Method
+
+_FIELDS = ("target_sparsity", "begin_step", "end_step", "power", "update_frequency", "initial_sparsity")
+
+
+class Plan:
+    """Which variables are sparsified and how, and where their raw weights are.
+
+    Args:
+        kernels: as in :class:`SparseOptimizer`.
+        method: what to compute.
+        schedule: sparsity as a function of the step.
+    """
+
+    def __init__(self, kernels: Sequence[dict[str, Any]], method: Method, schedule: PolynomialSchedule) -> None:
+        self.names = [str(kernel["name"]) for kernel in kernels]
+        self.indices = [int(kernel["index"]) for kernel in kernels]
+        self.channel_axes = [tuple(kernel["channel_axes"]) for kernel in kernels]
+        self.method, self.schedule = method, schedule
+        self.forward: list[Any] = []
+        self.raw: list[Any] = []
+        self.raw_of: dict[Any, Any] = {}
+        self.place_of: dict[Any, int] = {}
+        self.penalties: list[Any] = [None] * len(kernels)
+        self.frozen = False
+        self.traced: list[Any] | None = None
+
+    def attach(self, keys: Sequence[Any], forward: Sequence[Any], raw: Sequence[Any]) -> None:
+        """Take note of the variables."""
+        self.forward, self.raw = list(forward), list(raw)
+        self.raw_of = dict(zip(keys, raw, strict=True))
+        self.place_of = {key: place for place, key in enumerate(keys)}
+        self.count = sum(int(np.prod(v.shape)) for v in raw)
+        self.penalties = [getattr(v.regularizer, "inner", v.regularizer) for v in forward]
+        for place, variable in enumerate(forward):
+            if variable.regularizer is not None:
+                variable.regularizer = RawPenalty(self.penalties[place], lambda place=place: self.readable(place))
+        dtypes = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in raw]
+        shapes = [tuple(v.shape) for v in raw]
+        self.host = HostStep(self.names, shapes, dtypes, self.channel_axes, self.method, self.schedule)
+        self.local = are_local(raw)
+
+    def readable(self, place: int) -> Any:
+        """A kernel's raw weight for the logged loss; JAX can read it within a step of ``fit`` only."""
+        if BACKEND != "jax":
+            return ops.convert_to_tensor(self.raw[place])
+        return None if self.traced is None else self.traced[place]
+
+    def get_config(self) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        parts = zip(self.names, self.indices, self.channel_axes, strict=True)
+        return {
+            "kernels": [{"name": n, "index": i, "channel_axes": list(axes)} for n, i, axes in parts],
+            "method": asdict(self.method),
+            "frozen": self.frozen,
+            "schedule": schedule_state(self.schedule),
+        }
+
+    def advance(self, step: Any, state: list[Any], raw: list[Any]) -> Sequence[Any]:
+        """Find the threshold if the schedule has an update, and write the forward weights into the model.
+
+        Args:
+            step: completed optimizer steps, 0-d int32.
+            state: thresholds, each rounded to its kernel's dtype; the magnitudes :math:`e_1, e_2` of the last
+                search; and the clock, int32: step of that search, steps before this optimizer's first, whether
+                frozen.
+            raw: raw weights.
+
+        Returns:
+            The new state.
+        """
+        if not can_call_host(raw, self.local):
+            raw = [as_stored(weight, step) for weight in raw]
+            limits, *others = self._renewed_inside(step, state, raw)
+            self._write_inside(raw, limits)
+            return limits, *others
+        if is_traced(raw):
+            within = {"jax": calls.in_jax_step, "tensorflow": calls.in_tensorflow_graph}[BACKEND]
+            new, forward = within(self._on_host, step, state, raw)
+            self.assign(forward)
+            return list(new)
+        known = [constant(part) for part in state]
+        found: list[np.ndarray] = []
+        self._eagerly(lambda addresses: found.extend(self._on_host(int(step), known, addresses)), raw)
+        return found
+
+    def _on_host(self, step: int, state: Sequence[np.ndarray], addresses: NDArray[np.int64]) -> calls.State:
+        limits, magnitudes, clock = state
+        try:
+            found = self.host(step, int(clock[0]), (limits, magnitudes), addresses)
+        except ValueError:
+            if BACKEND != "jax":
+                raise
+            # A step of JAX has given its old weights away already, and must end; the callback will tell.
+            self.host.write(limits, addresses)
+            return limits, np.array([np.nan, np.nan], magnitudes.dtype), clock
+        applied = step if self.host.is_due(step, int(clock[0])) else clock[0]
+        new_clock = np.array([applied, *clock[1:]], clock.dtype)
+        return found[0].astype(limits.dtype), found[1].astype(magnitudes.dtype), new_clock
+
+    def _renewed_inside(self, step: Any, state: list[Any], raw: list[Any]) -> Any:
+        limits, magnitudes, clock = state
+        table = ranks(self.schedule, self.count)
+
+        def search() -> tuple[Any, Any, Any]:
+            found, around = find_thresholds(raw, step, table, self.method, magnitudes)
+            stacked = ops.stack([ops.cast(limit, limits.dtype) for limit in found])
+            return stacked, around, ops.stack([step, clock[1], clock[2]])
+
+        since = step - self.schedule.begin_step
+        due = ops.logical_and(since >= 0, since % self.schedule.update_frequency == 0)
+        with wide():
+            return ops.cond(ops.logical_and(due, step > clock[0]), search, lambda: (limits, magnitudes, clock))
+
+    def find(self, step: int, raw: Sequence[np.ndarray]) -> Found:
+        """The search alone, on the host: limits and magnitudes for the sparsity after ``step`` steps.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; the message names it.
+        """
+        return self.host.find(step, calls.addresses(raw, raw))
+
+    def forward_values(self, raw: Sequence[np.ndarray], limits: np.ndarray) -> list[np.ndarray]:
+        """Forward weights of these raw weights, new arrays."""
+        return calls.on_arrays(lambda addresses: self.host.write(limits, addresses), raw)
+
+    def write_forward(self, raw: list[Any], limits: np.ndarray) -> None:
+        """Forward weights of all kernels, into the model's variables; outside of any compiled code."""
+        if can_call_host(raw, self.local):
+            self._eagerly(lambda addresses: self.host.write(limits, addresses), raw)
+        else:
+            self._write_inside(raw, ops.convert_to_tensor(limits))
+
+    def _eagerly(self, call: Callable[[NDArray[np.int64]], object], raw: list[Any]) -> None:
+        if BACKEND == "torch":
+            calls.on_torch_tensors(call, raw, [variable.value.data for variable in self.forward])
+        else:
+            self.assign(calls.on_arrays(call, [constant(weight) for weight in raw]))
+
+    def _write_inside(self, raw: list[Any], limits: Any) -> None:
+        cases = zip(raw, self.channel_axes, strict=True)
+        self.assign(
+            forward_weight(weight, ops.cast(limits[place], weight.dtype), self.method, axes)
+            for place, (weight, axes) in enumerate(cases)
+        )
+
+    def assign(self, values: Iterable[Any]) -> None:
+        """Let the model compute with these forward weights."""
+        for variable, value in zip(self.forward, values, strict=True):
+            variable.assign(value)
+
+
+def kernel_config(kernels: Sequence[Kernel], trainable_variables: Sequence[Any]) -> list[dict[str, Any]]:
+    """What :class:`SparseOptimizer` takes for these kernels."""
+    index = {id(v): i for i, v in enumerate(trainable_variables)}
+    return [{"name": k.name, "index": index[id(k.variable)], "channel_axes": list(k.channel_axes)} for k in kernels]
+
+
+def schedule_state(schedule: PolynomialSchedule) -> dict[str, float]:
+    """Fields of a schedule as plain numbers."""
+    return {field: getattr(schedule, field) for field in _FIELDS}
