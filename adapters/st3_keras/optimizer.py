@@ -393,15 +393,13 @@ def rekey(optimizer: keras.optimizers.Optimizer, new: dict[Any, Any]) -> None:
         rekey(part, new)
     key = optimizer._var_key
     indices = optimizer._trainable_variables_indices
-    moved = {key(new[k]) if k in new else k: i for k, i in indices.items()}
-    indices.clear()
-    indices.update(moved)
+    # A new dictionary: TensorFlow does not export a model whose tracked dictionaries lost entries.
+    optimizer._trainable_variables_indices = {key(new[k]) if k in new else k: i for k, i in indices.items()}
     variables = [new.get(key(v), v) for v in optimizer._trainable_variables]
     object.__setattr__(optimizer, "_trainable_variables", variables)  # not to be tracked
-    part_of = getattr(optimizer, "_var_to_optimizer_idx", {})  # of a MultiOptimizer
-    places = {key(new[k]) if k in new else k: i for k, i in part_of.items()}
-    part_of.clear()
-    part_of.update(places)
+    part_of = getattr(optimizer, "_var_to_optimizer_idx", None)  # of a MultiOptimizer
+    if part_of is not None:
+        optimizer._var_to_optimizer_idx = {key(new[k]) if k in new else k: i for k, i in part_of.items()}
     excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
     if excluded:
         object.__setattr__(optimizer, "_exclude_from_weight_decay", {key(new[k]) if k in new else k for k in excluded})

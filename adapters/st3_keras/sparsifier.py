@@ -134,7 +134,7 @@ class Sparsifier(keras.callbacks.Callback):
         if current is None or not model.built or not model.trainable_variables:
             return
         holder, optimizer = (current, current.inner_optimizer) if _scales(current) else (None, current)
-        if self._sparse is not None and optimizer is self._sparse:
+        if self._sparse is not None and (optimizer is self._sparse or self._given is not None):
             return
         kernels, skipped = find_kernels(model, *self._rules)
         self._check_weights(kernels)

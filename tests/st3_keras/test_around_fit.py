@@ -10,9 +10,11 @@ from keras import layers, ops
 
 import st3core
 from st3_keras import Sparsifier
-from tests.st3_keras.networks import BACKEND, MODES, as_numpy, ramp, raw_of
+from tests.st3_keras.networks import BACKEND, COMPILED, MODES, as_numpy, ramp, raw_of
 
 modes = pytest.mark.parametrize("mode", MODES, ids=str)
+compiled_modes = pytest.mark.parametrize("mode", COMPILED, ids=str)
+default_mode = pytest.mark.parametrize("mode", MODES[:1], ids=str)
 compiled = pytest.mark.parametrize("mode", [mode for mode in MODES if "run_eagerly" not in mode], ids=str)
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 BATCHES = 4
@@ -105,7 +107,7 @@ def write_file(model, weights, tmp_path):
         model.load_weights(tmp_path / "dense.weights.h5")
 
 
-@modes
+@compiled_modes
 @pytest.mark.parametrize("write", [write_set_weights, write_kernels, write_file])
 def test_weights_that_are_written_become_the_raw_weights(tmp_path, write, mode):
     model = make(keras.optimizers.SGD(0.0), **mode)
@@ -121,7 +123,7 @@ def test_weights_that_are_written_become_the_raw_weights(tmp_path, write, mode):
     assert_forward(kernels_of(model), written, 0.8)
 
 
-@modes
+@compiled_modes
 def test_a_write_takes_effect_before_the_first_step(mode):
     """The first gradient after a write is that of the written weights, thresholded at the present sparsity."""
     model = make(keras.optimizers.SGD(0.5), **mode)
@@ -262,7 +264,7 @@ def averages_of(sp):
     return [as_numpy(a) for a in inner._model_variables_moving_average]
 
 
-@modes
+@compiled_modes
 @pytest.mark.parametrize(("first", "scaled"), [(True, False), (False, True)])
 def test_evaluation_with_averages(first, scaled, mode):
     optimizer = keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.7)
@@ -426,7 +428,7 @@ def test_the_learning_rate_that_is_logged_is_the_wrapped_optimizers():
     assert float(as_numpy(model.optimizer._get_current_learning_rate())) == pytest.approx(0.25)
 
 
-@modes
+@compiled_modes
 def test_several_fits_are_one_long_one(mode):
     found = []
     for epochs in ([3], [1, 2], [1, 1, 1]):
@@ -488,7 +490,7 @@ class Above(keras.constraints.Constraint):
         return ops.maximum(w, 0.1)
 
 
-@modes
+@compiled_modes
 def test_a_users_regularizer_acts_on_the_raw_weights(mode):
     before, after, loss = one_step(one_layer(keras.optimizers.SGD(0.25), kernel_regularizer=Quartic(), **mode))
     np.testing.assert_allclose(after, before - before**3, rtol=1e-5, atol=1e-7)

@@ -7,9 +7,11 @@ from keras import layers, ops
 
 import st3core
 from st3_keras import Sparsifier
-from tests.st3_keras.networks import BACKEND, MODES, as_numpy, compiled, data, fit, ramp, raw_of, small_net
+from tests.st3_keras.networks import BACKEND, COMPILED, MODES, as_numpy, compiled, data, fit, ramp, raw_of, small_net
 
 modes = pytest.mark.parametrize("mode", MODES, ids=str)
+compiled_modes = pytest.mark.parametrize("mode", COMPILED, ids=str)
+default_mode = pytest.mark.parametrize("mode", MODES[:1], ids=str)
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -71,7 +73,7 @@ OPTIONS = {
 }
 
 
-@modes
+@default_mode
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_of_optimizers(name, mode):
     model = compiled(small_net(), keras.optimizers.Adam(0.01, **OPTIONS[name]), **mode)
@@ -81,7 +83,7 @@ def test_options_of_optimizers(name, mode):
     assert sp.step_count == (4 if name == "accumulation" else 8)
 
 
-@modes
+@compiled_modes
 def test_weight_decay_and_constraints_act_on_the_raw_weights(mode):
     model = keras.Sequential(
         [keras.Input((4,)), layers.Dense(3, use_bias=False, kernel_constraint=keras.constraints.NonNeg())]
@@ -94,7 +96,7 @@ def test_weight_decay_and_constraints_act_on_the_raw_weights(mode):
     np.testing.assert_allclose(after, np.maximum(before * 0.95, 0), rtol=1e-5)
 
 
-@modes
+@compiled_modes
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
 def test_precisions(policy, mode):
     before = keras.config.dtype_policy()
@@ -123,7 +125,7 @@ def test_schedules_of_the_learning_rate():
     assert float(ops.convert_to_numpy(plain.optimizer.wrapped.learning_rate)) == 0.25
 
 
-@modes
+@default_mode
 def test_train_on_batch(mode):
     model = compiled(small_net(), **mode)
     sp = Sparsifier(model, ramp(0.9, end=4))

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from st3_keras import Sparsifier
 from st3core import PolynomialSchedule
-from tests.st3_keras.networks import MODES, as_numpy, raw_of
+from tests.st3_keras.networks import COMPILED, as_numpy, raw_of
 from tests.tolerances import GOLDEN_LOSS, GOLDEN_TRAJECTORY_THRESHOLD
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -33,7 +33,7 @@ def in_keras_layout(weight):
     return np.ascontiguousarray(weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", COMPILED, ids=str)
 @pytest.mark.parametrize(("file", "method"), [("trajectory_st3", "st3"), ("trajectory_st3sigma", "st3_sigma")])
 def test_trajectory(file, method, mode):
     golden = np.load(GOLDEN / f"{file}.npz")

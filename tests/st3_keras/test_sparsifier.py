@@ -10,6 +10,7 @@ import st3core
 from st3_keras import Sparsifier
 from tests.st3_keras.networks import (
     BACKEND,
+    COMPILED,
     MODES,
     NAMES,
     as_numpy,
@@ -25,13 +26,15 @@ from tests.st3_keras.networks import (
 
 METHODS = ["st3", "st3_sigma", "hard_ste", "gmp"]
 modes = pytest.mark.parametrize("mode", MODES, ids=str)
+compiled_modes = pytest.mark.parametrize("mode", COMPILED, ids=str)
+default_mode = pytest.mark.parametrize("mode", MODES[:1], ids=str)
 
 
 def forward_of(model):
     return {v.path: as_numpy(v) for v in model.trainable_variables if v.name == "kernel"}
 
 
-@modes
+@compiled_modes
 @pytest.mark.parametrize("method", METHODS)
 def test_thresholds_and_forward_weights_are_those_of_the_core(method, mode):
     model = compiled(small_net(), **mode)
@@ -47,7 +50,7 @@ def test_thresholds_and_forward_weights_are_those_of_the_core(method, mode):
         np.testing.assert_array_max_ulp(found, wanted, maxulp=1)
 
 
-@modes
+@default_mode
 def test_sparsity_is_exact_and_logged(mode):
     model = compiled(small_net(), **mode)
     sp = Sparsifier(model, ramp(0.9))
@@ -59,7 +62,7 @@ def test_sparsity_is_exact_and_logged(mode):
     assert sp.sparsity == history["sparsity"][-1]
 
 
-@modes
+@compiled_modes
 def test_before_the_ramp_training_is_dense(mode):
     model, dense = compiled(small_net(), **mode), compiled(small_net(), **mode)
     sp = Sparsifier(model, st3core.PolynomialSchedule(0.9, begin_step=50, end_step=90))
@@ -85,7 +88,7 @@ def test_the_straight_through_rule_by_hand(mode):
         assert raw.ravel().tolist() == ([1.5, 0.0] if method == "st3" else [1.5, 0.5])
 
 
-@modes
+@compiled_modes
 def test_between_updates_the_threshold_stays(mode):
     model = compiled(small_net(), **mode)
     sp = Sparsifier(model, ramp(0.5, end=9, update_frequency=3))
@@ -155,7 +158,7 @@ def resume(tmp_path, save, load, mode, frozen=False):
     return (whole, sp), (other, its)
 
 
-@modes
+@compiled_modes
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_keras_file_resumes_bit_for_bit(tmp_path, mode, frozen):
     (_, sp), (_, its) = resume(
@@ -171,7 +174,7 @@ def test_a_keras_file_resumes_bit_for_bit(tmp_path, mode, frozen):
         assert [a.tobytes() for a in part(sp).values()] == [b.tobytes() for b in part(its).values()]
 
 
-@modes
+@default_mode
 @pytest.mark.parametrize("frozen", [False, True])
 def test_weights_files_resume_bit_for_bit(tmp_path, mode, frozen):
     whole = compiled(small_net(), keras.optimizers.Adam(0.01), **mode)
@@ -242,7 +245,7 @@ def test_finalize_leaves_an_ordinary_model(tmp_path, mode):
             getattr(sp, member)()
 
 
-@modes
+@compiled_modes
 def test_freeze_keeps_the_zeros(mode):
     model = compiled(small_net(), keras.optimizers.AdamW(0.01, weight_decay=0.1), **mode)
     sp = Sparsifier(model, ramp(0.9, end=5))
@@ -272,7 +275,7 @@ def test_early_ends_warn():
         other.finalize()
 
 
-@modes
+@compiled_modes
 @pytest.mark.parametrize("kind", ["L1", "L2", "OrthogonalRegularizer"])
 def test_penalties_act_on_the_raw_weights(kind, mode):
     penalty = getattr(keras.regularizers, kind)(0.01)
