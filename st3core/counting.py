@@ -43,7 +43,7 @@ class ArrayCounter:
 
     def __init__(self, weights: Sequence[np.ndarray], scales: Sequence[float], names: Sequence[str]) -> None:
         self.size = sum(w.size for w in weights)
-        self._names = list(names)
+        self._names = names
         self._weights: Callable[[], Sequence[np.ndarray]] = lambda: weights
         wide = any(w.dtype.itemsize == 8 for w in weights)
         self.key_dtype: np.dtype[Any] = np.dtype(np.uint64 if wide else np.uint32)
@@ -53,6 +53,7 @@ class ArrayCounter:
         self.infinity = self.key(np.inf)
         self._tables: list[_Job] = []
         self._members: list[list[int]] = []
+        self._offsets: list[NDArray[np.int64]] = []
         self._dealt: tuple[int, list[list[tuple[_Job]]]] = (0, [])
         walkable = [memory_order(w) is not None for w in weights]
         self._irregular = [(w, s) for w, s, order in zip(weights, scales, walkable, strict=True) if not order]
@@ -61,18 +62,20 @@ class ArrayCounter:
             if regular:
                 self._tables.append(_table(format, [weights[i] for i in regular], [scales[i] for i in regular]))
                 self._members.append(regular)
+                chunks = self._tables[-1].chunks
+                self._offsets.append(chunks[:, 0] - np.array([_address(weights[i]) for i in regular])[chunks[:, 2]])
 
-    def move(self, shifts: NDArray[np.int64], weights: Callable[[], Sequence[np.ndarray]]) -> None:
+    def place(self, addresses: NDArray[np.int64], weights: Callable[[], Sequence[np.ndarray]]) -> None:
         """Count other arrays from now on, of the same shapes, dtypes and strides, and without gaps.
 
         Args:
-            shifts: by how many bytes each lies further on than the one in its place before.
+            addresses: where each lies.
             weights: gives them; called only to name one that is not finite.
         """
         self._weights = weights
-        for table, members in zip(self._tables, self._members, strict=True):
-            table.chunks[:, 0] += shifts[members][table.chunks[:, 2]]
         self._dealt = (0, [])
+        for table, members, offsets in zip(self._tables, self._members, self._offsets, strict=True):
+            table.chunks[:, 0] = offsets + addresses[members][table.chunks[:, 2]]
 
     def key(self, magnitude: float) -> int:
         """Key of a magnitude."""
@@ -177,10 +180,14 @@ class ArrayCounter:
 
 
 def _table(format: MemoryFormat, weights: Sequence[np.ndarray], scales: Sequence[float]) -> _Job:
-    addresses = [w.__array_interface__["data"][0] for w in weights]
+    addresses = [_address(w) for w in weights]
     chunks = chunk_table(addresses, [w.size for w in weights], format.dtype.itemsize)
     arguments = np.array(scales, np.float64), format.code, np.empty(0, format.bits)
     return _Job(chunks, arguments, sum(w.size for w in weights))
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _deal(table: _Job) -> list[tuple[_Job]]:

@@ -226,19 +226,25 @@ class PreparedOperator:
 
     def __init__(self, tables: Sequence[NDArray[np.int64]], memory: MemoryFormat, method: Method) -> None:
         self._units, self._memory, self._method = np.concatenate(tables), memory, method
-        self._threads, self._shares = threads.thread_count(), thread_shares(self._units, memory, method)
+        self._offsets = self._units[:, :2].copy()
+        self._share()
 
-    def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-        """Shift what each tensor is read from, and what is written to, by so many bytes."""
+    def _share(self) -> None:
+        self._threads = threads.thread_count()
+        self._shares = thread_shares(self._units, self._memory, self._method)
+
+    def place(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Read each tensor from another address, and write it to another; the tables must be those of address 0."""
         tensor = self._units[:, 7]
+        self._units[:, :2] = self._offsets
         self._units[:, 0] += sources[tensor]
-        self._units[:, 1] += targets[tensor]  # the threads' shares are views
+        self._units[:, 1] += targets[tensor]
+        self._share()
 
     def __call__(self, limits: np.ndarray) -> None:
         """Write all forward weights; ``limits`` from :func:`round_thresholds`, one for each tensor."""
         if self._threads != threads.thread_count():
-            self._threads = threads.thread_count()
-            self._shares = thread_shares(self._units, self._memory, self._method)
+            self._share()
         apply_shares(self._shares, limits)
 
 

@@ -14,6 +14,11 @@ if _keras.backend.backend() not in ("tensorflow", "jax", "torch"):  # pragma: no
 from st3_keras import ops
 from st3_keras.report import Report
 from st3_keras.sparsifier import Sparsifier
-from st3core import PolynomialSchedule
+from st3core import PolynomialSchedule, threads
+
+if _keras.backend.backend() == "torch":
+    import torch as _torch
+
+    threads.limit_by(_torch.get_num_threads)
 
 __all__ = ["PolynomialSchedule", "Report", "Sparsifier", "ops"]

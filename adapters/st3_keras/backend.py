@@ -1,14 +1,16 @@
 """What differs between Keras' backends: float64 inside a compiled step, and who may run host code."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy
 import numpy as np
 
 from st3core import reference
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BACKEND: str = keras.backend.backend()
 
@@ -26,6 +28,16 @@ def wide() -> AbstractContextManager[Any]:
 def compute_dtype(dtype: str) -> str:
     """The specification's compute dtype: float32 for half precision, otherwise ``dtype`` itself."""
     return reference.compute_dtype(np.dtype(dtype)).name
+
+
+def not_compiled(function: F) -> F:
+    """Keep PyTorch's compiler out of a function that works on the memory of the host."""
+    if BACKEND != "torch":
+        return function
+    import torch
+
+    left: F = torch.compiler.disable(function)
+    return left
 
 
 def is_traced(tensors: Sequence[Any]) -> bool:
@@ -52,7 +64,7 @@ def can_call_host(tensors: Sequence[Any], local: bool) -> bool:
         return all(t.device.type == "cpu" for t in tensors)
     if BACKEND == "tensorflow":
         return local and not _in_xla()
-    return local and (_has_buffer_callback() or not is_traced(tensors))
+    return local
 
 
 def are_local(variables: Sequence[Any]) -> bool:
@@ -65,14 +77,6 @@ def are_local(variables: Sequence[Any]) -> bool:
     return all(
         value.is_fully_addressable and [device.platform for device in value.devices()] == ["cpu"] for value in values
     )
-
-
-def _has_buffer_callback() -> bool:
-    try:
-        import jax.experimental.buffer_callback  # noqa: F401
-    except ImportError:  # pragma: no cover  # before JAX 0.6
-        return False
-    return True
 
 
 def _in_xla() -> bool:

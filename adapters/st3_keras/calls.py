@@ -37,7 +37,8 @@ def on_torch_tensors(
     """Let ``call`` write the targets in place."""
     import torch
 
-    torch.autograd.graph.increment_version(targets)  # a graph that still needs the old ones must notice
+    for target in targets:  # a graph that still needs the old ones must notice
+        torch.autograd.graph.increment_version(target)
     read, written = [source.contiguous() for source in sources], [target.contiguous() for target in targets]
     call(np.array([[tensor.data_ptr() for tensor in row] for row in (read, written)], np.int64))
     for target, result in zip(targets, written, strict=True):

@@ -47,7 +47,9 @@ class HostStep:
         self._size = sum(map(prod, shapes))
         self._forecast = Forecast()
         self._lock = Lock()  # replicas of a distributed step may come at once
-        self._addresses = np.empty((2, 0), np.int64)
+        self._addresses = self._placed = np.empty((2, 0), np.int64)
+        self._counter: ArrayCounter | None = None
+        self._operators: list[tuple[list[int], np.dtype[Any], PreparedOperator]] | None = None
 
     def __call__(self, step: int, applied: int, last: Found, addresses: NDArray[np.int64]) -> Found:
         """Find the threshold if the schedule has an update, and write all forward weights.
@@ -66,7 +68,7 @@ class HostStep:
             ValueError: a weight is NaN or infinite; the message names it. Nothing has been written.
         """
         with self._lock:
-            self._move(addresses)
+            self._place(addresses)
             found = self._search(step) if self.is_due(step, applied) else last
             self._write(found[0])
         return found
@@ -78,13 +80,13 @@ class HostStep:
     def find(self, step: int, addresses: NDArray[np.int64]) -> Found:
         """The search alone, for the sparsity after ``step`` steps."""
         with self._lock:
-            self._move(addresses)
+            self._place_sources(addresses)
             return self._search(step)
 
     def write(self, limits: np.ndarray, addresses: NDArray[np.int64]) -> None:
         """The operator alone."""
         with self._lock:
-            self._move(addresses)
+            self._place(addresses)
             self._write(limits)
 
     def exact_thresholds(self, step: int, magnitudes: Sequence[float]) -> NDArray[np.float64]:
@@ -103,51 +105,56 @@ class HostStep:
         return np.array(values)
 
     def _search(self, step: int) -> Found:
-        sparsity = self._schedule(step)
+        sparsity, counter = self._schedule(step), self._counter
+        assert counter is not None
         if sparsity == 0:
-            self._counter.gather(0, 0, 0)  # for its check that all weights are finite
+            counter.gather(0, 0, 0)  # for its check that all weights are finite
             return np.zeros(len(self.names)), np.zeros(2)
         rank, _ = reference.position(self._size, sparsity)
-        keys = order_statistics(self._counter, rank, self._forecast)
-        magnitudes = [self._counter.magnitude(key) for key in keys]
+        magnitudes = [counter.magnitude(key) for key in order_statistics(counter, rank, self._forecast)]
         return self.rounded(self.exact_thresholds(step, magnitudes)), np.array(magnitudes)
 
     def _write(self, limits: np.ndarray) -> None:
-        for members, dtype, operator in self._operators:
+        for members, dtype, operator in self._operators or []:
             operator(limits[members].astype(dtype))
         for kernel in self._others:
             weight, output = (self._array(row, kernel) for row in (0, 1))
             axes = self._axes[kernel]
             sparsify(weight, float(limits[kernel]), self._method, channel_axis=axes, out=output, check_finite=False)
 
-    def _move(self, addresses: NDArray[np.int64]) -> None:
-        if not self._addresses.size:
-            self._prepare(addresses)
-        shifts = addresses - self._addresses
-        if not shifts.any():
-            return
+    def _place_sources(self, addresses: NDArray[np.int64]) -> None:
+        """Let the search see the raw weights where they are."""
+        moved = not np.array_equal(addresses, self._addresses)
         self._addresses = addresses
-        self._counter.move(shifts[0], self._weights)
-        for members, _, operator in self._operators:
-            operator.move(shifts[0, members], shifts[1, members])
+        if self._counter is None:
+            self._counter = ArrayCounter(self._weights(), self._units, self.names)
+        elif moved:
+            self._counter.place(addresses[0], self._weights)
 
-    def _prepare(self, addresses: NDArray[np.int64]) -> None:
-        self._addresses = addresses
-        weights = self._weights()
-        self._counter = ArrayCounter(weights, self._units, self.names)
-        walkable = [w.size and is_walkable(w, axes) for w, axes in zip(weights, self._axes, strict=True)]
+    def _place(self, addresses: NDArray[np.int64]) -> None:
+        """Let search and operator work where the weights are."""
+        self._place_sources(addresses)
+        if self._operators is None:
+            self._operators = self._prepared()
+        if not np.array_equal(addresses, self._placed):
+            self._placed = np.empty((2, 0), np.int64)  # nowhere, should this be interrupted
+            for members, _, operator in self._operators:
+                operator.place(addresses[0, members], addresses[1, members])
+            self._placed = addresses
+
+    def _prepared(self) -> list[tuple[list[int], np.dtype[Any], PreparedOperator]]:
+        walkable = [w.size and is_walkable(w, axes) for w, axes in zip(self._weights(), self._axes, strict=True)]
         self._others = [kernel for kernel, walks in enumerate(walkable) if not walks]
-        self._operators = []
+        prepared = []
         for memory in MEMORY_FORMATS.values():
             members = [k for k, dtype in enumerate(self._dtypes) if walkable[k] and dtype == memory.dtype]
             tables = [
-                unit_table(
-                    tuple(addresses[:, k].tolist()), memory.dtype.itemsize, self._shapes[k], self._axes[k], place
-                )
+                unit_table((0, 0), memory.dtype.itemsize, self._shapes[k], self._axes[k], place)
                 for place, k in enumerate(members)
             ]
             if tables:
-                self._operators.append((members, memory.compute, PreparedOperator(tables, memory, self._method)))
+                prepared.append((members, memory.compute, PreparedOperator(tables, memory, self._method)))
+        return prepared
 
     def _weights(self) -> list[np.ndarray]:
         return [self._array(0, kernel) for kernel in range(len(self.names))]

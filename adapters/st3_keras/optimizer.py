@@ -5,6 +5,7 @@ weight it is the straight-through gradient (spec, equation 6), with stock layers
 compiles a training step. See ``docs/keras.md``.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from st3_keras.backend import BACKEND, compute_dtype, constant
+from st3_keras.backend import BACKEND, can_call_host, compute_dtype, constant, not_compiled
 from st3_keras.ops import masked
 from st3_keras.plan import Plan
 from st3_keras.regularizer import penalty_gradient
@@ -53,6 +54,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.owned = False  # by a Sparsifier of this process
         self._plan = Plan(kernels, Method(**method), PolynomialSchedule(**schedule))  # type: ignore[arg-type]
         self._plan.frozen = frozen
+        self._plan.owner = weakref.ref(self)
         self._remember(None)
 
     @property
@@ -96,10 +98,19 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.build(variables)
         self._check_variables_are_known(variables)
         rule = [self._raw_gradient(g, v) for g, v in zip(grads, variables, strict=True)]
-        zeros = self._zeros() if self._plan.frozen else []
+        zeros = self._zeros_to_keep()
         self.wrapped.apply(rule, self._trained(variables))
         self._put_back(zeros)
         self.renew()
+
+    def _zeros_to_keep(self) -> list[Any]:
+        """Where a frozen kernel is zero; within a compiled step the state says whether it is frozen."""
+        plan = self._plan
+        raw = [ops.convert_to_tensor(variable) for variable in plan.raw]
+        if can_call_host(raw, plan.local):
+            return self._zeros() if plan.frozen else []
+        frozen = ops.convert_to_tensor(self._clock)[2] != 0
+        return [ops.logical_and(frozen, zero) for zero in self._zeros()]
 
     def _zeros(self) -> list[Any]:
         return [ops.equal(ops.convert_to_tensor(variable), 0) for variable in self._plan.forward]
@@ -122,13 +133,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         scale = self.wrapped.loss_scale_factor or 1
         return grad + ops.cast(penalty_gradient(penalty, raw) * scale, grad.dtype)
 
+    @not_compiled
     def renew(self) -> None:
         """Find the threshold where the schedule has an update, and write the forward weights into the model."""
         plan = self._plan
         raw = [ops.convert_to_tensor(variable) for variable in plan.raw]
-        if plan.frozen:
-            plan.assign(raw)
-            return
         variables = self._limits, self._magnitudes, self._clock
         state = [ops.convert_to_tensor(variable) for variable in variables]
         step = ops.cast(ops.convert_to_tensor(self.iterations), "int32") + state[2][1]

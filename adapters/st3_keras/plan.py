@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import keras
@@ -43,6 +44,9 @@ class Plan:
         self.penalties: list[Any] = [None] * len(kernels)
         self.frozen = False
         self.traced: list[Any] | None = None
+        self.failure: ValueError | None = None
+        self.owner: Callable[[], Any] = lambda: self
+        self.model: Callable[[], Any] = lambda: None
 
     def attach(self, keys: Sequence[Any], forward: Sequence[Any], raw: Sequence[Any]) -> None:
         """Take note of the variables."""
@@ -50,10 +54,12 @@ class Plan:
         self.raw_of = dict(zip(keys, raw, strict=True))
         self.place_of = {key: place for place, key in enumerate(keys)}
         self.count = sum(int(np.prod(v.shape)) for v in raw)
-        self.penalties = [getattr(v.regularizer, "inner", v.regularizer) for v in forward]
+        self.penalties = [
+            v.regularizer.inner if isinstance(v.regularizer, RawPenalty) else v.regularizer for v in forward
+        ]
         for place, variable in enumerate(forward):
             if variable.regularizer is not None:
-                variable.regularizer = RawPenalty(self.penalties[place], lambda place=place: self.readable(place))
+                variable.regularizer = RawPenalty(self.penalties[place], partial(self.readable, place), self.is_in_use)
         dtypes = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in raw]
         shapes = [tuple(v.shape) for v in raw]
         self.host = HostStep(self.names, shapes, dtypes, self.channel_axes, self.method, self.schedule)
@@ -64,6 +70,13 @@ class Plan:
         if BACKEND != "jax":
             return ops.convert_to_tensor(self.raw[place])
         return None if self.traced is None else self.traced[place]
+
+    def is_in_use(self) -> bool:
+        """Whether the raw weights are trained: not after the model was compiled anew, with another optimizer."""
+        owner, model = self.owner(), self.model()
+        if owner is None or model is None:
+            return owner is not None
+        return owner in (model.optimizer, getattr(model.optimizer, "inner_optimizer", None))
 
     def get_config(self) -> dict[str, Any]:
         """Plain numbers and strings."""
@@ -95,22 +108,33 @@ class Plan:
             return limits, *others
         if is_traced(raw):
             within = {"jax": calls.in_jax_step, "tensorflow": calls.in_tensorflow_graph}[BACKEND]
-            new, forward = within(self._on_host, step, state, raw)
+            new, forward = within(partial(self._on_host, self.frozen), step, state, raw)
             self.assign(forward)
             return list(new)
         known = [constant(part) for part in state]
         found: list[np.ndarray] = []
-        self._eagerly(lambda addresses: found.extend(self._on_host(int(step), known, addresses)), raw)
+        self._eagerly(lambda addresses: found.extend(self._on_host(self.frozen, int(step), known, addresses)), raw)
         return found
 
-    def _on_host(self, step: int, state: Sequence[np.ndarray], addresses: NDArray[np.int64]) -> calls.State:
+    def _on_host(
+        self, frozen: bool, step: int, state: Sequence[np.ndarray], addresses: NDArray[np.int64]
+    ) -> calls.State:
         limits, magnitudes, clock = state
+        if clock[2] or frozen:
+            if not (clock[2] and frozen):
+                raise RuntimeError(
+                    "Sparsifier: this training step was traced before freeze() or load_state_dict(), got a step for "
+                    f"frozen={frozen} weights in a state of frozen={bool(clock[2])}; trace your function anew"
+                )
+            self.host.write(limits, addresses)
+            return limits, magnitudes, clock
         try:
             found = self.host(step, int(clock[0]), (limits, magnitudes), addresses)
-        except ValueError:
+        except ValueError as error:
             if BACKEND != "jax":
                 raise
-            # A step of JAX has given its old weights away already, and must end; the callback will tell.
+            # A step of JAX has given its old weights away already, and must end; the callback raises.
+            self.failure = error
             self.host.write(limits, addresses)
             return limits, np.array([np.nan, np.nan], magnitudes.dtype), clock
         applied = step if self.host.is_due(step, int(clock[0])) else clock[0]
@@ -128,6 +152,7 @@ class Plan:
 
         since = step - self.schedule.begin_step
         due = ops.logical_and(since >= 0, since % self.schedule.update_frequency == 0)
+        due = ops.logical_and(due, clock[2] == 0)
         with wide():
             return ops.cond(ops.logical_and(due, step > clock[0]), search, lambda: (limits, magnitudes, clock))
 
@@ -152,7 +177,7 @@ class Plan:
 
     def _eagerly(self, call: Callable[[NDArray[np.int64]], object], raw: list[Any]) -> None:
         if BACKEND == "torch":
-            calls.on_torch_tensors(call, raw, [variable.value.data for variable in self.forward])
+            calls.on_torch_tensors(call, raw, [variable.value.detach() for variable in self.forward])
         else:
             self.assign(calls.on_arrays(call, [constant(weight) for weight in raw]))
 

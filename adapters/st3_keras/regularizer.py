@@ -44,13 +44,16 @@ class RawPenalty(keras.regularizers.Regularizer):
     Args:
         inner: the regularizer of the layer.
         read: gives the raw weight, or None where it cannot be read.
+        in_use: whether the raw weight is the one that trains; if it is not, the penalty is an ordinary one.
     """
 
-    def __init__(self, inner: Any, read: Any = None) -> None:
-        self.inner, self._read = inner, read
+    def __init__(self, inner: Any, read: Any = None, in_use: Any = None) -> None:
+        self.inner, self._read, self._in_use = inner, read, in_use
 
     def __call__(self, x: Any) -> Any:
         """Penalty of the raw weight; of ``x``, the forward weight, where the raw one cannot be read."""
+        if self._in_use is not None and not self._in_use():
+            return self.inner(x)
         raw = None if self._read is None else self._read()
         return keras.ops.stop_gradient(self.inner(keras.ops.stop_gradient(x if raw is None else raw)))
 

@@ -1,6 +1,7 @@
 """Sparse training of a Keras model."""
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -102,7 +103,7 @@ class Sparsifier(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Catch up with a model that ``fit`` has built in its first step."""
-        if self._sparse is None:
+        if self._sparse is None and not self._finalized:
             self._synced()
             self._attach()
             if self._sparse is not None:
@@ -110,18 +111,20 @@ class Sparsifier(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Follow a state that another callback has loaded."""
+        if self._finalized:
+            return
         self._follow()
         self._begins = True
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Before an epoch's first step, when all callbacks had their say: take in what was written into the model."""
-        if self._begins:
+        if self._begins and not self._finalized:
             self._begins = False
             self._take_in()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add ``sparsity`` and ``target_sparsity`` to what ``fit`` logs."""
-        if self._sparse is None:
+        if self._sparse is None or self._finalized:
             return
         self._synced()
         self._check_finite()
@@ -153,6 +156,8 @@ class Sparsifier(keras.callbacks.Callback):
                 made.start()
             self._put(holder, made)
         self._kernels, self._skipped = kernels, skipped
+        if self._given is None and self._sparse is not None:
+            self._sparse.plan.model = weakref.ref(model)
         self._let_jax_read_raw()
 
     def _take_over(self, optimizer: SparseOptimizer, kernels: list[Kernel]) -> None:
@@ -200,6 +205,8 @@ class Sparsifier(keras.callbacks.Callback):
         step = type(model).train_step
 
         def train_step(state: Any, data: Any) -> Any:
+            if not plan.is_in_use():
+                return step(model, state, data)
             values = {id(v): value for v, value in zip(model.optimizer.variables, state[2], strict=True)}
             plan.traced = [values[id(raw)] for raw in plan.raw]
             try:
@@ -392,6 +399,8 @@ class Sparsifier(keras.callbacks.Callback):
             if "train_step" in vars(self._model):
                 object.__delattr__(self._model, "train_step")
             self._install(holder, sparse.wrapped)
+        elif _scales(self._given):
+            self._given.inner_optimizer = sparse.wrapped
         self._finalized = True
         return self._model
 
@@ -416,6 +425,8 @@ class Sparsifier(keras.callbacks.Callback):
         if np.isfinite(constant(sparse.magnitudes)[0]) and not np.isnan(constant(sparse.magnitudes)[1]):
             return
         self._check_weights(self._kernels, sparse.plan.raw)
+        if sparse.plan.failure is not None:
+            raise sparse.plan.failure
 
     def _check_weights(self, kernels: Sequence[Kernel], raw: Sequence[Any] | None = None) -> None:
         for kernel, variable in zip(kernels, raw or [k.variable for k in kernels], strict=True):

@@ -456,3 +456,110 @@ def test_compiling_anew_goes_on():
     assert next(iter(sp.thresholds.values())) == pytest.approx(next(iter(thresholds.values())), rel=0.2)
     for name, weight in raw_of(sp).items():
         np.testing.assert_allclose(weight, raw[name], atol=0.01)
+
+
+def test_a_step_that_was_traced_before_freezing_is_an_error():
+    if BACKEND == "torch":
+        return  # nothing is traced
+    model, optimizer = small_net(), keras.optimizers.SGD(0.1)
+    sp = Sparsifier(model, ramp(0.9, end=4), optimizer=optimizer)
+    variables, gradients = model.trainable_variables, [keras.ops.ones(v.shape) for v in model.trainable_variables]
+    if BACKEND == "jax":
+        import jax
+
+        apply = jax.jit(sp.optimizer.stateless_apply)
+
+        def step():
+            values, state = apply([v.value for v in sp.optimizer.variables], gradients, [v.value for v in variables])
+            return jax.block_until_ready((values, state))
+    else:
+        import tensorflow as tf
+
+        step = tf.function(lambda: sp.optimizer.apply(gradients, variables))
+    step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sp.freeze()
+    with pytest.raises(Exception, match=r"traced before freeze.*trace your function anew"):
+        step()
+
+
+def test_a_frozen_model_goes_on_in_a_loop():
+    model = compiled(small_net())
+    sp = Sparsifier(model, ramp(0.9, end=4))
+    fit(model, sp)
+    sp.freeze()
+    zeros = {name: w == 0 for name, w in forward_of(model).items()}
+    images, labels = data()
+    for _ in range(3):
+        model.train_on_batch(images, labels)
+        sp.step()
+    assert all(((w == 0) == zeros[name]).all() for name, w in forward_of(model).items())
+
+
+def test_finalize_within_fit_ends_it():
+    class End(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    sp.finalize()
+
+    model = compiled(small_net())
+    sp = Sparsifier(model, ramp(0.9, end=50))
+    fit(model, sp, End(), epochs=3)
+    expected = forward_of(model)
+    assert all((w != 0).mean() > 0.5 for w in expected.values())
+    assert sp.sparsity < 0.1
+
+
+def test_without_the_sparsifier_penalties_are_ordinary_again():
+    penalty = keras.regularizers.L2(0.1)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, use_bias=False, kernel_regularizer=penalty)])
+    model.compile(keras.optimizers.SGD(1.0), lambda y, p: 0 * p)
+    sp = Sparsifier(model, st3core.PolynomialSchedule(0.5, begin_step=5, end_step=6))
+    model.fit(np.ones((1, 4)), np.zeros((1, 3)), callbacks=[sp], verbose=0)
+    model.compile(keras.optimizers.SGD(1.0), lambda y, p: 0 * p)
+    (before,) = model.get_weights()
+    model.fit(np.ones((1, 4)), np.zeros((1, 3)), verbose=0)
+    np.testing.assert_allclose(model.get_weights()[0], 0.8 * before, rtol=1e-5)
+
+
+def test_a_users_regularizer_with_an_inner_one_stays():
+    class Scaled(keras.regularizers.Regularizer):
+        def __init__(self):
+            self.inner = keras.regularizers.L2(0.01)
+
+        def __call__(self, x):
+            return 10 * self.inner(x)
+
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, use_bias=False, kernel_regularizer=Scaled())])
+    model.compile(keras.optimizers.SGD(1.0), lambda y, p: 0 * p)
+    sp = Sparsifier(model, st3core.PolynomialSchedule(0.5, begin_step=5, end_step=6))
+    (raw,) = raw_of(sp).values()
+    model.fit(np.ones((1, 4)), np.zeros((1, 3)), callbacks=[sp], verbose=0)
+    np.testing.assert_allclose(next(iter(raw_of(sp).values())), 0.8 * raw, rtol=1e-5)
+
+
+def test_a_loss_scale_of_ones_own_is_given_back():
+    inner = keras.optimizers.SGD(0.1)
+    optimizer = keras.optimizers.LossScaleOptimizer(inner)
+    sp = Sparsifier(small_net(), ramp(0.9, end=4), optimizer=optimizer)
+    assert optimizer.inner_optimizer is not inner
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sp.finalize()
+    assert optimizer.inner_optimizer is inner
+
+
+def test_a_graph_that_needs_overwritten_weights_notices():
+    if BACKEND != "torch":
+        return  # tensors do not change there
+    model = compiled(small_net())
+    sp = Sparsifier(model, ramp(0.9, end=4))
+    images, labels = data()
+    model.train_on_batch(images[:8], labels[:8])
+    outputs = model(images[:8], training=True)
+    sp.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
