@@ -19,6 +19,8 @@ from st3core.search import Forecast, order_statistics, tensor_thresholds, tensor
 Found = tuple[np.ndarray, np.ndarray]
 """Limits, that is thresholds rounded to each kernel's dtype; and the two neighbouring magnitudes (equation 2b)."""
 
+_NOWHERE = np.empty((2, 0), np.int64)
+
 
 class HostStep:
     """Search and operator over kernels whose memory may lie elsewhere at each step.
@@ -47,7 +49,8 @@ class HostStep:
         self._size = sum(map(prod, shapes))
         self._forecast = Forecast()
         self._lock = Lock()  # replicas of a distributed step may come at once
-        self._addresses = self._placed = np.empty((2, 0), np.int64)
+        self._addresses = self._placed = _NOWHERE
+        self._counted = _NOWHERE[0]
         self._counter: ArrayCounter | None = None
         self._operators: list[tuple[list[int], np.dtype[Any], PreparedOperator]] | None = None
 
@@ -124,12 +127,14 @@ class HostStep:
 
     def _place_sources(self, addresses: NDArray[np.int64]) -> None:
         """Let the search see the raw weights where they are."""
-        moved = not np.array_equal(addresses, self._addresses)
         self._addresses = addresses
         if self._counter is None:
             self._counter = ArrayCounter(self._weights(), self._units, self.names)
-        elif moved:
+            self._counted = addresses[0]
+        if not np.array_equal(addresses[0], self._counted):
+            self._counted = _NOWHERE[0]  # should this be interrupted
             self._counter.place(addresses[0], self._weights)
+            self._counted = addresses[0]
 
     def _place(self, addresses: NDArray[np.int64]) -> None:
         """Let search and operator work where the weights are."""
@@ -137,7 +142,7 @@ class HostStep:
         if self._operators is None:
             self._operators = self._prepared()
         if not np.array_equal(addresses, self._placed):
-            self._placed = np.empty((2, 0), np.int64)  # nowhere, should this be interrupted
+            self._placed = _NOWHERE
             for members, _, operator in self._operators:
                 operator.place(addresses[0, members], addresses[1, members])
             self._placed = addresses
