@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.options import require_one
 from examples.digits import Settings, load_data, train_dense, train_sparse, versions
 
 METHODS = ("dense", "st3", "st3_sigma", "hard_ste", "gmp")
@@ -88,9 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="networks to train at the same time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.json"), help="file to write")
     options = parser.parse_args()
-    for name in ("epochs", "seeds", "workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    require_one(parser, options, ("epochs", "seeds", "workers"))
     return options
 
 

@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.accuracy import Result, summarize
+from benchmarks.options import require_one
 
 BACKENDS = ("tensorflow", "jax", "torch")
 METHODS = ("st3", "st3_sigma")
@@ -111,9 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes at the same time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy_keras.json"), help="file")
     options = parser.parse_args()
-    for name in ("epochs", "seeds", "workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    require_one(parser, options, ("epochs", "seeds", "workers"))
     return options
 
 

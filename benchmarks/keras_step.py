@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks import machine
 from benchmarks.grid import Grid, number, with_spread
+from benchmarks.options import require_one, require_share
 from benchmarks.step import operator, warm_search, whole_step
 from benchmarks.timing import alternating, quartiles
 
@@ -160,10 +161,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write")
     parser.add_argument("--here", action="store_true", help="measure in this process, by KERAS_BACKEND; print JSON")
     options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {options.rounds}")
-    if not 0 < options.sparsity < 1:
-        parser.error(f"--sparsity must be between 0 and 1, got {options.sparsity}")
+    require_one(parser, options, ("rounds",))
+    require_share(parser, options)
     return options
 
 

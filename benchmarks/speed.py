@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import bounds, dtypes, layers, machine, page, sizes, start, training
+from benchmarks.options import require_one, require_share
 from st3core.threads import thread_count
 
 PARTS = tuple(page.GRIDS)
@@ -43,10 +44,8 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, default=page.RESULTS, help="JSON to write; from this one, page, picture and README are made"
     )
     options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {options.rounds}")
-    if not 0 < options.sparsity < 1:
-        parser.error(f"--sparsity must be between 0 and 1, got {options.sparsity}")
+    require_one(parser, options, ("rounds",))
+    require_share(parser, options)
     return options
 
 

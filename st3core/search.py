@@ -139,13 +139,40 @@ def count_thresholds(
     Raises:
         ValueError: there is no weight at all, or one is NaN or infinite.
     """
+    magnitudes = neighbouring_magnitudes(counter, sparsity, forecast)
+    return thresholds_between(magnitudes, sparsity, counter.size, units, dtypes)
+
+
+def neighbouring_magnitudes(
+    counter: Counter, sparsity: float, forecast: "Forecast | None" = None
+) -> tuple[float, float]:
+    """The magnitudes :math:`e_1, e_2` on both sides of the threshold (equation 2b); zeros for ``sparsity == 0``.
+
+    Raises:
+        ValueError: there is no weight at all, or one is NaN or infinite.
+    """
     if counter.size == 0:
         raise ValueError("find_thresholds: weights must hold at least one weight, got only empty tensors")
     if sparsity == 0:
         counter.gather(0, 0, 0)  # for its check that all weights are finite
+        return 0.0, 0.0
+    rank, _ = reference.position(counter.size, sparsity)
+    first, second = order_statistics(counter, rank, forecast)
+    return counter.magnitude(first), counter.magnitude(second)
+
+
+def thresholds_between(
+    magnitudes: Sequence[float],
+    sparsity: float,
+    size: int,
+    units: Sequence[float],
+    dtypes: Sequence[np.dtype[Any]],
+) -> NDArray[np.float64]:
+    """Threshold of every tensor from :func:`neighbouring_magnitudes` of ``size`` weights (equations 2b and 2c)."""
+    if sparsity == 0:
         return np.zeros(len(units))
-    rank, fraction = reference.position(counter.size, sparsity)
-    e1, e2 = (counter.magnitude(key) for key in order_statistics(counter, rank, forecast))
+    e1, e2 = magnitudes
+    _, fraction = reference.position(size, sparsity)
     threshold = e1 + fraction * (e2 - e1) if fraction else e1
     return tensor_thresholds(threshold, e1, e2, units, dtypes)
 

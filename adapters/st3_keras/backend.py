@@ -25,6 +25,15 @@ def wide() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""What can be sparsified."""
+
+
+def dtype_name(tensor: Any) -> str:
+    """Dtype of a tensor or variable, by NumPy's name."""
+    return str(keras.backend.standardize_dtype(tensor.dtype))
+
+
 def compute_dtype(dtype: str) -> str:
     """The specification's compute dtype: float32 for half precision, otherwise ``dtype`` itself."""
     return reference.compute_dtype(np.dtype(dtype)).name
@@ -106,7 +115,7 @@ def as_stored(weight: Any, count: Any) -> Any:
         weight: tensor.
         count: an integer tensor that is never negative, which compilers cannot know.
     """
-    dtype = keras.backend.standardize_dtype(weight.dtype)
+    dtype = dtype_name(weight)
     if np.dtype(dtype).itemsize != 2:
         return weight
     nothing = keras.ops.cast(count < 0, "int16")  # so that the bits have to be made

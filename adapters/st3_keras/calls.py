@@ -6,9 +6,10 @@ from math import prod
 from threading import Lock
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
+
+from st3_keras.backend import dtype_name
 
 State = tuple[np.ndarray, np.ndarray, np.ndarray]
 OnHost = Callable[[int, State, NDArray[np.int64]], State]
@@ -114,13 +115,13 @@ class _Packs(NamedTuple):
         sizes, small, large = [prod(tensor.shape) for tensor in tensors], dict[str, list[int]](), []
         for index, tensor in enumerate(tensors):
             if sizes[index] < _PACKED_BELOW:
-                small.setdefault(_dtype(tensor).name, []).append(index)
+                small.setdefault(dtype_name(tensor), []).append(index)
             else:
                 large.append([index])
         members = [*small.values(), *large]
         offsets, pack_of = np.empty((2, len(tensors)), np.int64)
         for pack, indices in enumerate(members):
-            own = [sizes[index] * _dtype(tensors[index]).itemsize for index in indices]
+            own = [sizes[index] * np.dtype(dtype_name(tensors[index])).itemsize for index in indices]
             offsets[indices], pack_of[indices] = np.cumsum([0, *own[:-1]]), pack
         return cls(members, [[sizes[index] for index in indices] for indices in members], offsets, pack_of)
 
@@ -147,11 +148,6 @@ class _Packs(NamedTuple):
             if len(pack) > 1:
                 for index, part in zip(pack, np.split(flat, np.cumsum(sizes[:-1])), strict=True):
                     np.copyto(targets[index], part.reshape(targets[index].shape))
-
-
-def _dtype(tensor: Any) -> np.dtype[Any]:
-    dtype: np.dtype[Any] = np.dtype(keras.backend.standardize_dtype(tensor.dtype))
-    return dtype
 
 
 class _Room:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from st3core import PolynomialSchedule, reference, sparsify
+from st3core import PolynomialSchedule, sparsify
 from st3core.counting import ArrayCounter
 from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method
 from st3core.operators import PreparedOperator, is_walkable, unit_table
-from st3core.search import Forecast, order_statistics, tensor_thresholds, tensor_units
+from st3core.search import Forecast, neighbouring_magnitudes, tensor_units, thresholds_between
 
 Found = tuple[np.ndarray, np.ndarray]
 """Limits, that is thresholds rounded to each kernel's dtype; and the two neighbouring magnitudes (equation 2b)."""
@@ -94,12 +94,7 @@ class HostStep:
 
     def exact_thresholds(self, step: int, magnitudes: Sequence[float]) -> NDArray[np.float64]:
         """Threshold of every kernel in float64 after a search for ``step`` that found these magnitudes (equation 2)."""
-        sparsity, (low, high) = self._schedule(step), magnitudes
-        if sparsity == 0:
-            return np.zeros(len(self.names))
-        _, fraction = reference.position(self._size, sparsity)
-        value = low + fraction * (high - low) if fraction else low
-        return tensor_thresholds(value, low, high, self._units, self._dtypes)
+        return thresholds_between(magnitudes, self._schedule(step), self._size, self._units, self._dtypes)
 
     def rounded(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
         """Each rounded once to its kernel's dtype, by NumPy: backends go to half precision through float32."""
@@ -108,13 +103,8 @@ class HostStep:
         return np.array(values)
 
     def _search(self, step: int) -> Found:
-        sparsity, counter = self._schedule(step), self._counter
-        assert counter is not None
-        if sparsity == 0:
-            counter.gather(0, 0, 0)  # for its check that all weights are finite
-            return np.zeros(len(self.names)), np.zeros(2)
-        rank, _ = reference.position(self._size, sparsity)
-        magnitudes = [counter.magnitude(key) for key in order_statistics(counter, rank, self._forecast)]
+        assert self._counter is not None
+        magnitudes = neighbouring_magnitudes(self._counter, self._schedule(step), self._forecast)
         return self.rounded(self.exact_thresholds(step, magnitudes)), np.array(magnitudes)
 
     def _write(self, limits: np.ndarray) -> None:

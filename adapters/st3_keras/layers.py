@@ -8,10 +8,10 @@ from typing import Any
 import keras
 from keras import layers
 
+from st3_keras.backend import DTYPES, dtype_name
+
 Rule = str | type[keras.layers.Layer] | Callable[[str, keras.layers.Layer], bool]
 """A layer's or variable's path or glob pattern, a layer type, or ``predicate(path, layer)``."""
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _reason(candidate: _Candidate, include: Any, included: list[Rule], excluded:
 
 
 def _check_dtype(candidate: _Candidate) -> None:
-    dtype = keras.backend.standardize_dtype(candidate.variable.dtype)
+    dtype = dtype_name(candidate.variable)
     if dtype not in DTYPES:
         raise TypeError(f"Sparsifier: {candidate.name} must be of one of {', '.join(DTYPES)}, got {dtype}; exclude it")
 

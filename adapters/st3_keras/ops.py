@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from st3_keras.backend import compute_dtype, wide
+from st3_keras.backend import DTYPES, compute_dtype, dtype_name, wide
 from st3core._validation import as_channel_axes
 from st3core.method import Method, get_method
 from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET
 
 __all__ = ["backward", "sparsify"]
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def sparsify(
@@ -99,7 +97,7 @@ def forward_weight(weight: Any, limit: Any, method: Method, channel_axes: tuple[
     Returns:
         Tensor of the weight's shape and dtype.
     """
-    dtype = weight.dtype if isinstance(weight.dtype, str) else _dtype_name(weight)
+    dtype = dtype_name(weight)
     with wide():
         values, bound = (ops.cast(x, compute_dtype(dtype)) for x in (weight, limit))
         magnitudes = ops.abs(values)
@@ -135,7 +133,7 @@ def _mean(values: Any, axes: list[int]) -> Any:
 
 def _checked(weight: Any, threshold: Any, channel_axis: Any, function: str) -> tuple[Any, Any, tuple[int, ...]]:
     weight = ops.convert_to_tensor(weight)
-    dtype = _dtype_name(weight)
+    dtype = dtype_name(weight)
     if dtype not in DTYPES:
         raise TypeError(f"{function}: weight must be of one of the dtypes {', '.join(DTYPES)}, got {dtype}")
     axes = as_channel_axes(channel_axis, len(weight.shape), function)
@@ -143,9 +141,3 @@ def _checked(weight: Any, threshold: Any, channel_axis: Any, function: str) -> t
         with np.errstate(over="ignore"):
             threshold = np.asarray(threshold, np.float64).astype(dtype)
     return weight, ops.convert_to_tensor(threshold, dtype), axes
-
-
-def _dtype_name(tensor: Any) -> str:
-    from keras import backend
-
-    return str(backend.standardize_dtype(tensor.dtype))

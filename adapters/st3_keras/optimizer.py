@@ -15,7 +15,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from st3_keras.backend import BACKEND, can_call_host, compute_dtype, constant, not_compiled
+from st3_keras.backend import BACKEND, can_call_host, compute_dtype, constant, dtype_name, not_compiled
 from st3_keras.ops import masked
 from st3_keras.plan import Plan
 from st3_keras.regularizer import penalty_gradient
@@ -69,7 +69,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         plan, inner = self._plan, self.wrapped
         forward = [variables[index] for index in plan.indices]
         raw = [self._add_raw(variable) for variable in forward]
-        wide_keys = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in forward)
+        wide_keys = any(dtype_name(v) == "float64" for v in forward)
         dtype = "float64" if wide_keys else "float32"
         self._limits = self.add_variable((len(raw),), dtype=dtype, name="limits")
         self._magnitudes = self.add_variable((2,), dtype=dtype, name="magnitudes")

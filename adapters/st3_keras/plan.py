@@ -5,22 +5,20 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
 from st3_keras import calls
-from st3_keras.backend import BACKEND, are_local, as_stored, can_call_host, constant, is_traced, wide
+from st3_keras.backend import BACKEND, are_local, as_stored, can_call_host, constant, dtype_name, is_traced, wide
 from st3_keras.host import Found, HostStep
 from st3_keras.layers import Kernel
 from st3_keras.ops import forward_weight
 from st3_keras.regularizer import RawPenalty
 from st3_keras.search import find_thresholds, ranks
 from st3core import PolynomialSchedule
+from st3core._state import schedule_state
 from st3core.method import Method
-
-_FIELDS = ("target_sparsity", "begin_step", "end_step", "power", "update_frequency", "initial_sparsity")
 
 
 class Plan:
@@ -60,7 +58,7 @@ class Plan:
         for place, variable in enumerate(forward):
             if variable.regularizer is not None:
                 variable.regularizer = RawPenalty(self.penalties[place], partial(self.readable, place), self.is_in_use)
-        dtypes = [np.dtype(keras.backend.standardize_dtype(v.dtype)) for v in raw]
+        dtypes = [np.dtype(dtype_name(v)) for v in raw]
         shapes = [tuple(v.shape) for v in raw]
         self.host = HostStep(self.names, shapes, dtypes, self.channel_axes, self.method, self.schedule)
         self.local = are_local(raw)
@@ -198,8 +196,3 @@ def kernel_config(kernels: Sequence[Kernel], trainable_variables: Sequence[Any])
     """What :class:`SparseOptimizer` takes for these kernels."""
     index = {id(v): i for i, v in enumerate(trainable_variables)}
     return [{"name": k.name, "index": index[id(k.variable)], "channel_axes": list(k.channel_axes)} for k in kernels]
-
-
-def schedule_state(schedule: PolynomialSchedule) -> dict[str, float]:
-    """Fields of a schedule as plain numbers."""
-    return {field: getattr(schedule, field) for field in _FIELDS}

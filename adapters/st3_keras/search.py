@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from st3_keras.backend import compute_dtype, wide
+from st3_keras.backend import compute_dtype, dtype_name, wide
 from st3core import PolynomialSchedule
 from st3core.method import Method
 from st3core.reference import position
@@ -70,7 +70,7 @@ def find_thresholds(
         magnitudes :math:`e_1, e_2` (equation 2b), shape ``(2,)``, zeros where there is no threshold. If a weight
         is NaN or infinite, :math:`e_2` is NaN.
     """
-    dtypes = [_name(w) for w in weights]
+    dtypes = [dtype_name(w) for w in weights]
     key_float = "float64" if "float64" in dtypes else "float32"
     units = tensor_units([w.shape for w in weights], [np.dtype(d) for d in dtypes], method)
     with wide():
@@ -182,7 +182,7 @@ def _keys(weight: Any, unit: float, nothing: Any, key_float: str) -> Any:
 
 def _magnitude(weight: Any, unit: float, nothing: Any) -> Any:
     """``|w| / sigma`` in the compute dtype (equation 1b)."""
-    compute = compute_dtype(_name(weight))
+    compute = compute_dtype(dtype_name(weight))
     magnitude = ops.abs(ops.cast(weight, compute))
     if unit == 1.0:
         return magnitude
@@ -193,7 +193,7 @@ def _magnitude(weight: Any, unit: float, nothing: Any) -> Any:
 
 
 def _bits(values: Any) -> Any:
-    return ops.view(values, _INT[_name(values)])
+    return ops.view(values, _INT[dtype_name(values)])
 
 
 def _floats(bits: Any, dtype: str) -> Any:
@@ -202,9 +202,3 @@ def _floats(bits: Any, dtype: str) -> Any:
 
 def _zero(dtype: str) -> Any:
     return ops.cast(0.0, dtype)
-
-
-def _name(tensor: Any) -> str:
-    from keras import backend
-
-    return str(backend.standardize_dtype(tensor.dtype))

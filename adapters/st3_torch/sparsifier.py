@@ -21,6 +21,7 @@ from st3_torch.parametrization import Slot, SparseWeight, attach, clear_ready, d
 from st3_torch.plan import Plan, can_plan
 from st3_torch.state import check_state
 from st3core import PolynomialSchedule
+from st3core._state import schedule_state
 from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method, get_method
 from st3core.operators import round_thresholds
@@ -230,7 +231,7 @@ class Sparsifier:
         return {
             "step": self._step,
             "method": asdict(self.method),
-            "schedule": _schedule_state(self.schedule),
+            "schedule": schedule_state(self.schedule),
             "applied_sparsity": self._applied_sparsity,
             "shapes": {kernel.name: list(kernel.raw.shape) for kernel in self._kernels},
             "thresholds": self.thresholds,
@@ -373,8 +374,3 @@ def _multiply_adds(model: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[int
     counts = counter.get_flop_counts()
     paths = {f"{root}.{path}" if path else root: module for path, module in model.named_modules()}
     return {id(module): sum(counts[path].values()) // 2 for path, module in paths.items() if path in counts}
-
-
-def _schedule_state(schedule: PolynomialSchedule) -> dict[str, float]:
-    fields = ("target_sparsity", "begin_step", "end_step", "power", "update_frequency", "initial_sparsity")
-    return {field: getattr(schedule, field) for field in fields}

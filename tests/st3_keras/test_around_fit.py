@@ -724,7 +724,7 @@ def _other():
     return model
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="the other backends have steps_per_execution")
+@pytest.mark.backends("torch")  # the others have steps_per_execution
 def test_several_steps_per_execution_on_torch():
     model = make(steps_per_execution=4)
     with pytest.raises(ValueError, match="`steps_per_execution` must be 1 with the PyTorch backend"):

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from tests.st3_keras.cross_backend import STEPS
-from tests.st3_keras.networks import BACKEND
 
 
 def train(backend) -> dict:
@@ -17,7 +16,7 @@ def train(backend) -> dict:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="trains on all three backends by itself: once is enough")
+@pytest.mark.backends("torch")  # it trains on all three by itself: once is enough
 def test_backends_agree_after_fifty_steps():
     first, *others = (train(backend) for backend in ("torch", "tensorflow", "jax"))
     assert len(first["zeros"]) == first["steps"] == STEPS

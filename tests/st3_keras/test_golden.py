@@ -10,9 +10,9 @@ from keras import layers
 from sklearn.datasets import load_digits
 
 from st3_keras import Sparsifier
-from st3core import PolynomialSchedule
 from tests.st3_keras.networks import COMPILED, as_numpy, raw_of
-from tests.tolerances import GOLDEN_LOSS, GOLDEN_TRAJECTORY_THRESHOLD
+from tests.tolerances import GOLDEN_TRAJECTORY_THRESHOLD
+from tests.trajectory import schedule_of
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -60,15 +60,7 @@ def test_trajectory(file, method, mode):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         **mode,
     )
-    steps = config["steps_per_epoch"]
-    schedule = PolynomialSchedule(
-        config["final_sparsity"],
-        begin_step=config["start_epoch"] * steps,
-        end_step=config["end_epoch"] * steps,
-        power=config["power"],
-        update_frequency=config["update_frequency"],
-    )
-    sp = Sparsifier(model, schedule, method)
+    sp = Sparsifier(model, schedule_of(config), method)
     digits = load_digits()
     images = (digits.data / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     rows = golden["batch"].astype(np.int64)
@@ -95,4 +87,3 @@ def test_trajectory(file, method, mode):
         np.testing.assert_allclose(
             raw_of(sp)[sp._kernels[index].name], in_keras_layout(golden[f"final_raw/{index}"]), atol=1e-2
         )
-    assert GOLDEN_LOSS

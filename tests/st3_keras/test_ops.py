@@ -175,9 +175,8 @@ def test_what_is_not_finite_shows(bad):
     assert np.isnan(magnitudes[1])
 
 
+@pytest.mark.backends("tensorflow", "jax")
 def test_the_search_compiles_once():
-    if BACKEND == "torch":
-        return  # nothing is compiled
     traces = []
 
     def search(tensors, step, guess):

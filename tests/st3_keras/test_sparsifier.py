@@ -107,7 +107,7 @@ def test_between_updates_the_threshold_stays(mode):
     assert seen[8] != seen[11]  # after the end of the ramp too
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras on PyTorch has no steps_per_execution")
+@pytest.mark.backends("tensorflow", "jax")  # Keras has no steps_per_execution on PyTorch
 def test_steps_per_execution_changes_nothing():
     trained = []
     for count in (1, 4):
@@ -121,9 +121,8 @@ def test_steps_per_execution_changes_nothing():
         np.testing.assert_allclose(weight, trained[1][0][name], atol=1e-5)
 
 
+@pytest.mark.backends("tensorflow", "jax")
 def test_a_step_is_compiled_once():
-    if BACKEND == "torch":
-        return
     traces = []
 
     class Counting(layers.Layer):
@@ -458,9 +457,8 @@ def test_compiling_anew_goes_on():
         np.testing.assert_allclose(weight, raw[name], atol=0.01)
 
 
+@pytest.mark.backends("tensorflow", "jax")
 def test_a_step_that_was_traced_before_freezing_is_an_error():
-    if BACKEND == "torch":
-        return  # nothing is traced
     model, optimizer = small_net(), keras.optimizers.SGD(0.1)
     sp = Sparsifier(model, ramp(0.9, end=4), optimizer=optimizer)
     variables, gradients = model.trainable_variables, [keras.ops.ones(v.shape) for v in model.trainable_variables]
@@ -552,9 +550,8 @@ def test_a_loss_scale_of_ones_own_is_given_back():
     assert optimizer.inner_optimizer is inner
 
 
+@pytest.mark.backends("torch")  # tensors do not change elsewhere
 def test_a_graph_that_needs_overwritten_weights_notices():
-    if BACKEND != "torch":
-        return  # tensors do not change there
     model = compiled(small_net())
     sp = Sparsifier(model, ramp(0.9, end=4))
     images, labels = data()

@@ -10,8 +10,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from st3_torch import Sparsifier
-from st3core import PolynomialSchedule
 from tests.tolerances import GOLDEN_LOSS, GOLDEN_TRAJECTORY_THRESHOLD
+from tests.trajectory import schedule_of
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -35,15 +35,7 @@ def test_trajectory(file, method):
     optimizer = torch.optim.SGD(
         model.parameters(), config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"]
     )
-    steps = config["steps_per_epoch"]
-    schedule = PolynomialSchedule(
-        config["final_sparsity"],
-        begin_step=config["start_epoch"] * steps,
-        end_step=config["end_epoch"] * steps,
-        power=config["power"],
-        update_frequency=config["update_frequency"],
-    )
-    sp = Sparsifier(model, schedule, method)
+    sp = Sparsifier(model, schedule_of(config), method)
     digits = load_digits()
     images = torch.from_numpy((digits.data / 16).astype(np.float32).reshape(-1, 1, 8, 8))
     labels = torch.from_numpy(digits.target)

@@ -1,0 +1,54 @@
+"""What the saved states of all adapters have in common; every entry is checked before anything changes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from st3core.schedule import PolynomialSchedule
+
+MEMBER = "Sparsifier.load_state_dict"
+
+_FIELDS = ("target_sparsity", "begin_step", "end_step", "power", "update_frequency", "initial_sparsity")
+
+
+def schedule_state(schedule: PolynomialSchedule) -> dict[str, float]:
+    """Fields of a schedule as plain numbers."""
+    return {field: getattr(schedule, field) for field in _FIELDS}
+
+
+def check_settings(own: Mapping[str, Any], state: Any, dictionaries: Sequence[str]) -> None:
+    """Raise a ValueError unless ``state`` has all entries of ``own``, and its method and schedule.
+
+    Args:
+        own: state of the Sparsifier itself.
+        state: that is to be loaded.
+        dictionaries: entries that must be dictionaries.
+    """
+    if not isinstance(state, Mapping) or set(own) - set(state):
+        got = sorted(state) if isinstance(state, Mapping) else repr(state)
+        raise ValueError(f"{MEMBER}: state must have the entries {sorted(own)}, got {got}")
+    for part in dictionaries:
+        if not isinstance(state[part], Mapping):
+            raise ValueError(f"{MEMBER}: state must have a dictionary in {part!r}, got {state[part]!r}")
+    for part in ("method", "schedule"):
+        for field, value in own[part].items():
+            if (part, field) != ("method", "name") and state[part].get(field) != value:
+                other = state[part].get(field)
+                raise ValueError(f"{MEMBER}: state has {part}.{field}={other!r}, but this Sparsifier has {value!r}")
+
+
+def check_kernels(own: Mapping[str, Any], state: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """Raise a ValueError unless ``state`` has the same kernels in all these parts, and of the same shapes."""
+    for part in parts:
+        differing = sorted(set(own[part]) ^ set(state[part]))
+        if differing:
+            raise ValueError(f"{MEMBER}: state belongs to another model; kernels in only one of them: {differing}")
+    for name, shape in own["shapes"].items():
+        if list(state["shapes"][name]) != shape:
+            raise ValueError(f"{MEMBER}: state has {name} of shape {state['shapes'][name]}, but the model has {shape}")
+
+
+def check_steps(state: Mapping[str, Any], entry: str) -> None:
+    """Raise a ValueError unless this entry is a number of steps."""
+    value = state[entry]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{MEMBER}: state must have a {entry} of 0 or more, got {value!r}")
