@@ -18,7 +18,7 @@ OnHost = Callable[[int, State, NDArray[np.int64]], State]
 Addresses are int64 of shape ``(2, n)``: read from the first row, write to the second; C-contiguous memory."""
 
 _PACKED_BELOW = 1 << 14
-"""Elements of a tensor that is packed with others."""
+"""Elements below which a tensor is packed with others."""
 
 _ALIGNMENT = 64
 """Bytes; TensorFlow takes over memory that starts at a multiple of it, and copies any other."""
