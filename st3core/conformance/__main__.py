@@ -34,7 +34,7 @@ def print_list() -> None:
 
 def print_result(result: Result) -> None:
     """One line, and the message of a failure below it."""
-    print(f"{result.outcome:<9} {result.property.name:<46} equation {result.property.equation:<2} {_details(result)}")
+    print(f"{result.outcome:<9} {result.chosen.name:<46} equation {result.chosen.equation:<2} {_details(result)}")
     if result.failure is not None:
         print(result.failure)
     sys.stdout.flush()
@@ -58,8 +58,8 @@ def save(path: Path, name: str, results: list[Result]) -> None:
     """Results as JSON."""
     rows = [
         {
-            "property": r.property.name,
-            "equation": r.property.equation,
+            "property": r.chosen.name,
+            "equation": r.chosen.equation,
             "outcome": r.outcome,
             "examples": r.examples,
             "seconds": round(r.seconds, 3),

@@ -1,5 +1,6 @@
 """Calls that a backend is asked to make: their arguments, the reference's answer, and code that repeats them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,9 +74,13 @@ class Array:
         return made if self.layout == "contiguous" else f"laid_out({made}, {self.layout!r})"
 
     def __repr__(self) -> str:
-        if self.values.size > _SHOWN:
-            return f"{self.values.dtype.name} of shape {self.values.shape}, {self.layout}"
-        return f"{self.values.tolist()}, {self.values.dtype.name}, {self.layout}"
+        return f"<{shown(self.values)}, {self.layout}>"
+
+
+def shown(array: np.ndarray) -> str:
+    """Values and dtype of an array in one line; of a large one dtype and shape."""
+    few = array.size <= _SHOWN
+    return f"{array.tolist()}, {array.dtype.name}" if few else f"{array.dtype.name} of shape {array.shape}"
 
 
 class Outcome:
@@ -113,7 +118,9 @@ class Search:
         """The same in memory that is there already."""
         given = [backend.from_numpy(array) for array in weights]
         found = np.asarray(backend.find_thresholds(given, self.sparsity, self.method))
-        after = [(np.asarray(backend.to_numpy(tensor)), w.values) for tensor, w in zip(given, self.weights, strict=True)]
+        after = [
+            (np.asarray(backend.to_numpy(tensor)), w.values) for tensor, w in zip(given, self.weights, strict=True)
+        ]
         return Outcome(found, [*after, *((w, a.values) for w, a in zip(weights, self.weights, strict=True))])
 
     def expected(self) -> NDArray[np.float64]:
@@ -132,9 +139,12 @@ class Search:
 
     def code(self) -> str:
         """Statements that repeat the call and print its answer."""
-        arrays = "".join(f"    {weight.code()},\n" for weight in self.weights)
+        return f"{_memory_code(self.weights)}\n{self.call_code()}"
+
+    def call_code(self) -> str:
+        """The same with what is in ``memory``."""
         call = f"backend.find_thresholds(weights, {self.sparsity!r}, {_method_code(self.method)})"
-        return f"weights = [backend.from_numpy(array) for array in [\n{arrays}]]\nprint({call})"
+        return f"weights = [backend.from_numpy(array) for array in memory]\nprint(np.asarray({call}).tolist())"
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,14 +199,16 @@ class Operation:
 
     def code(self) -> str:
         """Statements that repeat the call and print its answer."""
-        arguments = f"weight, {self.threshold!r}, {_method_code(self.method)}, {self.channel_axis}"
-        lines = [f"weight = backend.from_numpy({self.weight.code()})"]
-        if self.cotangent is None:
-            lines.append(f"print(backend.to_numpy(backend.sparsify({arguments})))")
-        else:
-            lines.append(f"cotangent = backend.from_numpy({self.cotangent.code()})")
-            lines.append(f"print(backend.to_numpy(backend.vjp({arguments}, cotangent)))")
-        return "\n".join(lines)
+        return f"{_memory_code(self.arrays)}\n{self.call_code()}"
+
+    def call_code(self) -> str:
+        """The same with what is in ``memory``."""
+        names, member = ("weight,", "sparsify") if self.cotangent is None else ("weight, cotangent", "vjp")
+        last = "" if self.cotangent is None else ", cotangent"
+        method = _method_code(self.method)
+        call = f"backend.{member}(weight, {self.threshold!r}, {method}, {self.channel_axis}{last})"
+        made = f"{names} = [backend.from_numpy(array) for array in memory]"
+        return f"{made}\nprint(backend.to_numpy({call}).tolist())"
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +220,10 @@ class Sequence:
 
     def code(self) -> str:
         """Statements that make both calls and print their answers."""
-        return f"{self.first.code()}\n{self.second.code()}"
+        second = self.second.weights if isinstance(self.second, Search) else self.second.arrays
+        values = f"[{', '.join(array.code() for array in second)}]"
+        change = f"for array, values in zip(memory, {values}):\n    array[...] = values"
+        return f"{self.first.code()}\n{change}\n{self.second.call_code()}"
 
 
 Case = Search | Operation | Sequence
@@ -224,7 +239,13 @@ def _magnitudes(weight: np.ndarray, score: str) -> NDArray[np.float64]:
     own = np.abs(weight).astype(compute)
     if score == "magnitude_per_sigma" and sum(weight.shape) > 0:
         own = own / compute(1 / np.sqrt(sum(weight.shape)))
-    return own.astype(np.float64)
+    found: NDArray[np.float64] = own.astype(np.float64)
+    return found
+
+
+def _memory_code(arrays: Iterable[Array]) -> str:
+    listed = "".join(f"    {array.code()},\n" for array in arrays)
+    return f"memory = [\n{listed}]"
 
 
 def _method_code(method: str | Method) -> str:

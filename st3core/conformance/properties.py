@@ -21,7 +21,7 @@ class Property:
         equation: number in ``docs/spec``.
         statement: what has to hold, in one sentence.
         cases: what Hypothesis draws for a backend.
-        check: raises a :class:`~st3core.conformance.violation.Violation` where a case breaks the property.
+        check: raises a :class:`~st3core.conformance.violation.ViolationError` where a case breaks the property.
         fixed: cases that are asked in any case.
         unless: attributes of a backend that excuse it, and the values that do.
     """
@@ -43,7 +43,9 @@ class Property:
         return f"{attribute}={excusing}" if is_excused else None
 
 
-def conformance_property(equation: str, cases: Callable[[Backend], SearchStrategy[Any]], **options: Any) -> Any:
+def conformance_property(
+    equation: str, cases: Callable[[Backend], SearchStrategy[Any]], **options: Any
+) -> Callable[[Check], Property]:
     """Make a :class:`Property` of the function that checks it; its docstring is the statement."""
 
     def make(check: Check) -> Property:

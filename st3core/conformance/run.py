@@ -14,10 +14,21 @@ from st3core.conformance import forward, gradient, thresholds
 from st3core.conformance.backend import Backend
 from st3core.conformance.cases import Case
 from st3core.conformance.properties import Property
-from st3core.conformance.violation import Violation
+from st3core.conformance.violation import ViolationError
 
 PROPERTIES: tuple[Property, ...] = (*thresholds.PROPERTIES, *forward.PROPERTIES, *gradient.PROPERTIES)
 """All properties, in the order of a report."""
+
+
+PAGES = {
+    "1": "magnitude",
+    "2": "threshold",
+    "3": "operator",
+    "4": "rescale",
+    "5": "forward",
+    "6": "gradient",
+}
+"""Pages of ``docs/spec``, by the number of an equation without its letter."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +36,14 @@ class Result:
     """What became of one property.
 
     Args:
-        property: that was asked.
+        chosen: the property.
         examples: cases that were tried, those of shrinking a failure included.
         seconds: that it took.
         failure: the whole message, if a case broke the property.
         excuse: what the backend has declared, if it was not asked.
     """
 
-    property: Property
+    chosen: Property
     examples: int
     seconds: float
     failure: str | None = None
@@ -82,7 +93,7 @@ def check_property(chosen: Property, backend: Backend, max_examples: int = 200, 
         for case in chosen.fixed(backend):
             counted(case)
         _search(chosen, backend, counted, max_examples, seed)
-    except Violation as violation:
+    except ViolationError as violation:
         failure = describe(chosen, backend, violation)
     return Result(chosen, counted.examples, time.perf_counter() - start, failure)
 
@@ -92,24 +103,22 @@ class _Counted:
 
     def __init__(self, chosen: Property, backend: Backend) -> None:
         self.chosen, self.backend, self.examples = chosen, backend, 0
-        self.last: Violation | None = None
+        self.last: ViolationError | None = None
 
     def __call__(self, case: Case) -> None:
         self.examples += 1
         try:
             with np.errstate(all="ignore"):
                 self.chosen.check(self.backend, case)
-        except Violation as violation:
+        except ViolationError as violation:
             self.last = violation
             raise
         except Exception as error:
-            self.last = Violation(case, f"{type(error).__name__}: {error}", "an answer")
+            self.last = ViolationError(case, f"{type(error).__name__}: {error}", "an answer")
             raise self.last from error
 
 
-def _search(
-    chosen: Property, backend: Backend, check: _Counted, max_examples: int, seed: int | None
-) -> None:
+def _search(chosen: Property, backend: Backend, check: _Counted, max_examples: int, seed: int | None) -> None:
     """Raise the violation of the smallest case that Hypothesis finds."""
 
     @settings(
@@ -135,14 +144,14 @@ def _search(
         if check.last is None:
             raise
         last = check.last
-        raise Violation(last.case, f"{last.got}, and at another time another answer", last.expected) from None
+        raise ViolationError(last.case, f"{last.got}, and at another time another answer", last.expected) from None
 
 
-def describe(chosen: Property, backend: Backend, violation: Violation) -> str:
+def describe(chosen: Property, backend: Backend, violation: ViolationError) -> str:
     """The message for people: property, counterexample, got and expected, equation, and code that repeats it."""
     lines = (
         f"{backend.name} violates {chosen.name}: {chosen.statement}",
-        f"  equation {chosen.equation}: docs/spec",
+        f"  equation {chosen.equation}: docs/spec/{PAGES[chosen.equation[0]]}.md",
         f"  smallest counterexample: {violation.case}",
         f"  got:      {violation.got}",
         f"  expected: {violation.expected}",

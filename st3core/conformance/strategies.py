@@ -56,21 +56,24 @@ def methods(accepted: Callable[[Method], bool] = lambda _: True) -> st.SearchStr
     return st.sampled_from([*(m.name for m in presets), *presets, *combined])
 
 
-_any_score = st.one_of(*(methods(lambda m, score=score: m.score == score) for score in get_args(Score)))
+def with_score(score: str) -> st.SearchStrategy[str | Method]:
+    """Methods that measure magnitudes in this way."""
+    return methods(lambda method: method.score == score)
+
+
+_any_score = st.one_of(*map(with_score, get_args(Score)))
 
 
 def _limited(array: np.ndarray) -> np.ndarray:
     """Magnitudes moved into :data:`_NORMAL_RANGE`, zeros left."""
-    low, high = (np.float64(x).astype(array.dtype) for x in _NORMAL_RANGE)
-    if not low > 0:
-        low = np.finfo(np.float16).tiny  # 2^-60 is no float16
-    magnitudes = np.abs(array)
-    clipped = np.where(magnitudes == 0, magnitudes, np.clip(magnitudes, low, min(high, _largest(array.dtype))))
-    return np.copysign(clipped.astype(np.float64), array.astype(np.float64)).astype(array.dtype)
+    wide = array.astype(np.float64)
+    smallest, largest = (2.0**-14, 65504.0) if array.dtype == np.float16 else _NORMAL_RANGE
+    magnitudes = np.where(wide == 0, 0.0, np.clip(np.abs(wide), smallest, largest))
+    return np.asarray(np.copysign(magnitudes, wide)).astype(array.dtype)
 
 
-def _largest(dtype: np.dtype[Any]) -> Any:
-    return np.float16(65504) if dtype == np.float16 else np.float64(2.0**127).astype(dtype)
+def _largest(dtype: np.dtype[Any]) -> float:
+    return 65504.0 if dtype == np.float16 else 2.0**127
 
 
 @st.composite
@@ -128,7 +131,7 @@ def arrays(
     own = draw(dtypes_of(backend)) if dtype is None else dtype
     values = draw(draw(st.sampled_from(kinds))(own, draw(st.sampled_from(shapes))))
     if bound is not None:
-        values = np.clip(values, own.type(-bound), own.type(bound))
+        values = np.clip(values, own.type(-bound), own.type(bound)).astype(own)  # of bfloat16 NumPy makes float32
     if flushes_subnormals(backend):
         values = _limited(values)
     return Array(np.asarray(values), draw(st.sampled_from(LAYOUTS)))
@@ -164,7 +167,7 @@ def thresholds(draw: Draw, weight: np.ndarray) -> float:
     magnitudes = sorted({abs(float(w)) for w in weight.ravel().tolist()}) or [0.5]
     chosen = draw(st.sampled_from(magnitudes)) * draw(st.one_of(st.just(1.0), st.floats(0.5, 2)))
     value = draw(st.sampled_from([chosen, chosen, chosen, 0.0]))
-    return min(value, float(_largest(weight.dtype)))
+    return min(value, _largest(weight.dtype))
 
 
 @st.composite

@@ -36,9 +36,7 @@ def _test(chosen: Property) -> Any:
         option = request.config.getoption
         max_examples = option("--conformance-max-examples", None) or self.max_examples
         seed = option("--conformance-seed", None)
-        check_backend(
-            self.backend, max_examples, properties=[chosen.name], seed=self.seed if seed is None else seed
-        )
+        check_backend(self.backend, max_examples, properties=[chosen.name], seed=self.seed if seed is None else seed)
 
     test.__name__ = f"test_{chosen.name}"
     test.__doc__ = f"{chosen.statement} (equation {chosen.equation})"

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from st3core.conformance.cases import Array, Case, Outcome
+from st3core.conformance.cases import Case, Outcome, shown
 
 
-class Violation(AssertionError):
+class ViolationError(AssertionError):
     """A backend's answer is not the one that the specification asks for.
 
     Args:
@@ -22,9 +22,9 @@ class Violation(AssertionError):
 
 
 def require(condition: Any, case: Case, got: object, expected: object) -> None:
-    """Raise a :class:`Violation` unless the condition holds."""
+    """Raise a :class:`ViolationError` unless the condition holds."""
     if not bool(condition):
-        raise Violation(case, got, expected)
+        raise ViolationError(case, got, expected)
 
 
 def require_kind(case: Case, got: np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -58,12 +58,7 @@ def require_unwritten(case: Case, outcome: Outcome) -> None:
     """The arguments must be what they were."""
     written = outcome.written()
     if written is not None:
-        raise Violation(case, f"an argument changed to {shown(written[0])}", f"unchanged {shown(written[1])}")
-
-
-def shown(array: np.ndarray) -> str:
-    """Values, dtype and shape of an array, in one line."""
-    return repr(Array(np.ascontiguousarray(array).reshape(array.shape)))
+        raise ViolationError(case, f"an argument changed to {shown(written[0])}", f"unchanged {shown(written[1])}")
 
 
 def ulp_distance(a: np.ndarray, b: np.ndarray) -> int:
@@ -75,4 +70,4 @@ def ulp_distance(a: np.ndarray, b: np.ndarray) -> int:
     pairs = zip(*(np.ascontiguousarray(x).view(integer).ravel().tolist() for x in (a, b)), strict=True)
     lowest = int(np.iinfo(integer).min)
     ordered = [[x if x >= 0 else lowest - x for x in pair] for pair in pairs]
-    return max(abs(x - y) for x, y in ordered)
+    return int(max(abs(x - y) for x, y in ordered))
