@@ -25,6 +25,9 @@ DTYPES = {name: memory.dtype for name, memory in MEMORY_FORMATS.items()}
 SCORES = ("magnitude", "magnitude_per_sigma")
 NEAR_ONE = float(np.nextafter(1.0, 0.0))
 
+INTEGERS = {"dtype": "int32", "shape": [1, 2], "values": [1, -2]}
+"""A tensor of a dtype that no weight has."""
+
 SCALE_UNITS = 4
 """Units in the last place of float64 that a sum in another order may move a scale by."""
 
@@ -85,7 +88,7 @@ class Limits(NamedTuple):
 
 def limits(dtype: np.dtype[Any]) -> Limits:
     """Largest, smallest normal and smallest subnormal number of ``dtype``, and its binary digits."""
-    info = ml_dtypes.finfo(dtype)
+    info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     return Limits(float(info.max), float(info.smallest_normal), float(info.smallest_subnormal), info.nmant + 1)
 
 
@@ -238,7 +241,7 @@ def threshold_lists() -> Iterator[Case]:
         largest = [np.array([limits(dtype).largest, -limits(dtype).largest / 2, 1.0]).astype(dtype)]
         yield _thresholds("largest", name, largest, 0.75, "magnitude")
     mixed = [draw(4, dtype, seed).reshape(2, 2) for seed, dtype in enumerate(DTYPES.values())]
-    beyond = [np.array([1, 2, 3], np.float16), np.array([1e6, 2e6, 3e6, 4e6], np.float32)]
+    beyond: list[FloatArray] = [np.array([1, 2, 3], np.float16), np.array([1e6, 2e6, 3e6, 4e6], np.float32)]
     for score in SCORES:
         yield _thresholds("mixed_dtypes", "float64", mixed, 0.6, score)
     yield _thresholds("mixed_dtypes", "float32", beyond, 0.8, "magnitude")
@@ -398,30 +401,41 @@ def rejected_weights() -> Iterator[Case]:
             yield Case("2c", "magnitude_overflows", name, {**huge, "score": "magnitude_per_sigma"}, "ValueError")
 
 
-def rejected_arguments() -> Iterator[Case]:
-    """Arguments out of range, or of another type."""
-    good, empty = np.array([[1.0, -2.0]], np.float32), np.empty((0, 3), np.float32)
-    integers = {"dtype": "int32", "shape": [1, 2], "values": [1, -2]}
-    plain = {"weights": [good], "sparsity": 0.5, "score": "magnitude"}
-    for bad in (1.0, -0.25, np.nan, np.inf):
-        yield Case("2c", "out_of_range", "float32", {**plain, "sparsity": bad}, "ValueError")
-        yield Case("7", "out_of_range", "float64", {**_schedule(), "target_sparsity": bad}, "ValueError")
-    for options in ({"sparsity": None}, {"weights": [integers]}):
-        yield Case("2c", "wrong_type", "float32", {**plain, **options}, "TypeError")
-    for nothing in ([], [empty]):
-        yield Case("2c", "no_weights", "float32", {**plain, "weights": nothing}, "ValueError")
-    for bad in (-0.5, np.nan, np.inf):
-        yield Case("5", "out_of_range", "float32", {**_forward(good), "threshold": bad}, "ValueError")
-        yield Case("6", "out_of_range", "float32", {**_backward(good, good), "threshold": bad}, "ValueError")
+def rejected_lists() -> Iterator[Case]:
+    """Arguments of equation 2 that are out of range, or of another type."""
+    good: list[Any] = [np.array([[1.0, -2.0]], np.float32)]
+    plain: dict[str, Any] = {"weights": good, "sparsity": 0.5, "score": "magnitude"}
+    for share in (1.0, -0.25, np.nan, np.inf):
+        yield Case("2c", "out_of_range", "float32", {**plain, "sparsity": share}, "ValueError")
+    yield Case("2c", "wrong_type", "float32", {**plain, "sparsity": None}, "TypeError")
+    yield Case("2c", "wrong_type", "float32", {**plain, "weights": [INTEGERS]}, "TypeError")
+    yield Case("2c", "no_weights", "float32", {**plain, "weights": []}, "ValueError")
+    yield Case("2c", "no_weights", "float32", {**plain, "weights": [np.empty((0, 3), np.float32)]}, "ValueError")
+
+
+def rejected_operators() -> Iterator[Case]:
+    """The same of equations 5 and 6."""
+    good = np.array([[1.0, -2.0]], np.float32)
+    for threshold in (-0.5, np.nan, np.inf):
+        yield Case("5", "out_of_range", "float32", {**_forward(good), "threshold": threshold}, "ValueError")
+        yield Case("6", "out_of_range", "float32", {**_backward(good, good), "threshold": threshold}, "ValueError")
     for wrong in ([2], [-3], [0, 0]):
         yield Case("5", "out_of_range", "float32", {**_forward(good), "channel_axes": wrong}, "ValueError")
     yield Case("5", "wrong_type", "float32", {**_forward(good), "threshold": None}, "TypeError")
-    yield Case("5", "wrong_type", "float32", {**_forward(good), "weight": integers}, "TypeError")
+    yield Case("5", "wrong_type", "float32", {**_forward(good), "weight": INTEGERS}, "TypeError")
     yield Case("6", "wrong_type", "float32", _backward(good.astype(np.float64), good), "TypeError")
     yield Case("6", "out_of_range", "float32", _backward(good[:, :1], good), "ValueError")
-    for options in ({"begin_step": 9}, {"begin_step": -1}, {"update_frequency": 0}, {"power": 0.0}):
+
+
+def rejected_schedules() -> Iterator[Case]:
+    """The same of equation 7."""
+    for share in (1.0, -0.25, np.nan, np.inf):
+        yield Case("7", "out_of_range", "float64", {**_schedule(), "target_sparsity": share}, "ValueError")
+    outside: list[dict[str, float]] = [
+        {"begin_step": 9}, {"begin_step": -1}, {"update_frequency": 0}, {"power": 0.0}, {"initial_sparsity": 0.75},
+    ]  # fmt: skip
+    for options in outside:
         yield Case("7", "out_of_range", "float64", {**_schedule(), **options}, "ValueError")
-    yield Case("7", "out_of_range", "float64", {**_schedule(), "initial_sparsity": 0.75}, "ValueError")
     yield Case("7", "wrong_type", "float64", {**_schedule(), "begin_step": 1.0}, "TypeError")
 
 
@@ -454,7 +468,9 @@ def cases() -> Iterator[Case]:
     yield from gradients()
     yield from schedules()
     yield from rejected_weights()
-    yield from rejected_arguments()
+    yield from rejected_lists()
+    yield from rejected_operators()
+    yield from rejected_schedules()
 
 
 def line(case: Case) -> str:
