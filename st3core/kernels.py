@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import carray, config, njit, types
 from numba.extending import intrinsic
 
-from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET
+from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET, SUM_SCALE
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)
 """Memory formats; the kernels read them as uint16, uint16, uint32 and uint64."""
@@ -30,8 +30,6 @@ BLOCK = 1024
 
 LANES = 64
 """Partial sums of a channel of float64."""
-
-_TINY = 2.0**-64
 
 LINE = 64
 """Bytes of a cache line; what is streamed bypasses the caches a line at a time."""
@@ -422,7 +420,7 @@ def _alpha_float64(everything, kept, size):  # type: ignore[no-untyped-def]
 
 
 # Sums in float64 have no bits to spare for float64: they carry their rounding errors along, in LANES
-# partial sums, and are kept _TINY times what they should be, or they could overflow.
+# partial sums, and are kept SUM_SCALE times what they should be, or they could overflow.
 
 
 @_inline
@@ -442,7 +440,7 @@ def _accumulate(values, threshold, lanes, period):  # type: ignore[no-untyped-de
         row = values[start : start + period]
         if values.itemsize == 8:
             for i in range(row.size):
-                magnitude = abs(row[i]) * _TINY
+                magnitude = abs(row[i]) * SUM_SCALE
                 _add(everything, everything_errors, i, magnitude)
                 _add(kept, kept_errors, i, magnitude if abs(row[i]) > threshold else 0.0)
         else:
@@ -492,7 +490,7 @@ def _scale(lanes, start, width, size, exact):  # type: ignore[no-untyped-def]
     everything = _fold(lanes[0], lanes[2], start, width, exact)
     kept = _fold(lanes[1], lanes[3], start, width, exact)
     if exact:
-        return _alpha_float64(everything, kept, _TINY * size)
+        return _alpha_float64(everything, kept, SUM_SCALE * size)
     return _alpha(everything, kept, size)
 
 

@@ -20,6 +20,9 @@ RESCALE_EPSILON = 1e-6
 RESCALE_NUMERATOR = 1.01
 RESCALE_OFFSET = 0.01
 
+SUM_SCALE = 2.0**-64
+"""Exact factor of magnitudes that are summed, or the largest float64 weights would overflow the sum."""
+
 
 def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """``float32`` for half precision, otherwise ``dtype`` itself."""
@@ -114,8 +117,7 @@ def channel_mean(magnitudes: FloatArray, channel_axes: tuple[int, ...]) -> NDArr
     rows = np.moveaxis(magnitudes, channel_axes, ahead)
     count = int(np.prod([magnitudes.shape[axis] for axis in channel_axes], dtype=int))
     rows = rows.reshape(count, -1).astype(np.float64)
-    # Exact powers of two around the sum, or the largest float64 weights would overflow it.
-    means = [math.fsum(row * 2.0**-64) / row.size * 2.0**64 for row in rows]
+    means = [math.fsum(row * SUM_SCALE) / row.size / SUM_SCALE for row in rows]
     kept_shape = [length if axis in channel_axes else 1 for axis, length in enumerate(magnitudes.shape)]
     return np.array(means).reshape(kept_shape)
 

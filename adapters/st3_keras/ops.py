@@ -13,7 +13,7 @@ from keras import ops
 from st3_keras.backend import DTYPES, compute_dtype, dtype_name, wide
 from st3core._validation import as_channel_axes
 from st3core.method import Method, get_method
-from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET
+from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET, SUM_SCALE
 
 __all__ = ["backward", "sparsify"]
 
@@ -128,7 +128,7 @@ def _mean(values: Any, axes: list[int]) -> Any:
     if not axes:
         return values
     count = float(np.prod([values.shape[axis] for axis in axes]))
-    return ops.sum(values, axis=axes, keepdims=True) / count
+    return ops.sum(values * SUM_SCALE, axis=axes, keepdims=True) / count / SUM_SCALE
 
 
 def _checked(weight: Any, threshold: Any, channel_axis: Any, function: str) -> tuple[Any, Any, tuple[int, ...]]:

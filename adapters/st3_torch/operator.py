@@ -10,7 +10,7 @@ from st3_torch.memory import as_array
 from st3_torch.memory import on_cpu as _on_cpu
 from st3core import sparsify
 from st3core.method import Method
-from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET
+from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET, SUM_SCALE
 
 
 def forward_weight(
@@ -115,4 +115,7 @@ def forward_with_torch(
 
 def _mean(values: torch.Tensor, axes: list[int]) -> torch.Tensor:
     # torch.mean over no axes at all would average everything.
-    return values.mean(axes, keepdim=True) if axes else values
+    if not axes:
+        return values
+    factor = SUM_SCALE if values.dtype == torch.float64 else 1.0
+    return (values * factor).mean(axes, keepdim=True) / factor

@@ -331,6 +331,16 @@ class NoEpsilon(Textbook):
 
 
 @violates("forward_equals_the_reference")
+class SumsOverflow(Textbook):
+    """Sums of the largest float64 weights that become infinite."""
+
+    def mean(self, magnitudes, channel_axis):
+        count = magnitudes.size // (magnitudes.shape[channel_axis] if magnitudes.ndim else 1)
+        with np.errstate(over="ignore"):
+            return super().mean(magnitudes * float(count), channel_axis) / count
+
+
+@violates("forward_equals_the_reference")
 class ScaleInHalfPrecision(Textbook):
     """Sums of magnitudes in bfloat16."""
 
