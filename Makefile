@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 KERAS := $(VENV)/.keras
 
-.PHONY: demo test test-keras check bench stress study clean
+.PHONY: demo test test-keras check bench conformance stress study clean
 
 ifdef BACKEND
 demo: $(KERAS)  ## sparse-train a network on handwritten digits; BACKEND=tensorflow, jax or torch: with Keras
@@ -34,6 +34,9 @@ check: $(READY)  ## style and types
 
 bench: $(READY)  ## time every part of a sparse step beside its alternatives; writes docs/performance.md
 	$(RUN) benchmarks.speed
+
+conformance: $(KERAS)  ## hold every backend to the specification, and show that broken ones are rejected; writes docs/conformance.md
+	$(RUN) benchmarks.conformance
 
 stress: $(READY)  ## call from many threads and processes at once: no crash, no wrong bit
 	$(RUN) benchmarks.stress

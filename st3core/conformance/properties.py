@@ -9,6 +9,8 @@ from hypothesis.strategies import SearchStrategy
 from st3core.conformance.backend import Backend
 from st3core.conformance.cases import Case
 
+_PAGES = {"1": "magnitude", "2": "threshold", "3": "operator", "4": "rescale", "5": "forward", "6": "gradient"}
+
 Check = Callable[[Backend, Any], None]
 
 
@@ -33,6 +35,11 @@ class Property:
     check: Check
     fixed: Callable[[Backend], Iterable[Case]] = lambda _: ()
     unless: tuple[str, bool] | None = None
+
+    @property
+    def page(self) -> str:
+        """Name of the equation's page in ``docs/spec``."""
+        return _PAGES[self.equation[0]]
 
     def excuse(self, backend: Backend) -> str | None:
         """Why this backend is not asked, or None."""

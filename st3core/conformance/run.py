@@ -20,17 +20,6 @@ PROPERTIES: tuple[Property, ...] = (*thresholds.PROPERTIES, *forward.PROPERTIES,
 """All properties, in the order of a report."""
 
 
-PAGES = {
-    "1": "magnitude",
-    "2": "threshold",
-    "3": "operator",
-    "4": "rescale",
-    "5": "forward",
-    "6": "gradient",
-}
-"""Pages of ``docs/spec``, by the number of an equation without its letter."""
-
-
 @dataclass(frozen=True)
 class Result:
     """What became of one property.
@@ -151,7 +140,7 @@ def describe(chosen: Property, backend: Backend, violation: ViolationError) -> s
     """The message for people: property, counterexample, got and expected, equation, and code that repeats it."""
     lines = (
         f"{backend.name} violates {chosen.name}: {chosen.statement}",
-        f"  equation {chosen.equation}: docs/spec/{PAGES[chosen.equation[0]]}.md",
+        f"  equation {chosen.equation}: docs/spec/{chosen.page}.md",
         f"  smallest counterexample: {violation.case}",
         f"  got:      {violation.got}",
         f"  expected: {violation.expected}",

@@ -1,0 +1,146 @@
+"""The conformance kit on every backend of this project, and on backends that are broken on purpose.
+
+Run it from the repository's root: ``make conformance``. It writes ``benchmarks/results/conformance.json`` and the
+tables of ``docs/conformance.md``.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import machine
+from benchmarks.grid import Grid, number
+from benchmarks.options import require_one
+from st3core.conformance import PROPERTIES, check
+from tests.conformance.broken import BROKEN
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/conformance.json"
+PAGE = ROOT / "docs/conformance.md"
+
+
+class Run(NamedTuple):
+    """A registered backend, the backend of Keras if that matters, and cases a property."""
+
+    backend: str
+    keras: str = ""
+    max_examples: int = 200
+
+
+RUNS = (
+    Run("numpy"),
+    Run("torch"),
+    Run("torch-device"),
+    Run("keras", "tensorflow"),
+    Run("keras", "torch"),
+    Run("keras", "jax", 25),  # compiles anew for almost every case
+)
+
+
+def run(chosen: Run) -> dict[str, Any]:
+    """Results of one backend, from a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "results.json"
+        command = [sys.executable, "-m", "st3core.conformance", chosen.backend]
+        command += ["--max-examples", str(chosen.max_examples), "--json", str(out)]
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"} | (
+            {"KERAS_BACKEND": chosen.keras} if chosen.keras else {}
+        )
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not out.exists():
+            raise RuntimeError(f"{' '.join(command)}: {finished.stdout}{finished.stderr}")
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return {"max_examples": chosen.max_examples, **found}
+
+
+def catches(max_examples: int) -> dict[str, dict[str, Any]]:
+    """For each broken backend its defect, the property that it ought to violate, and all that it did violate."""
+    found = {}
+    for kind, ought in track(BROKEN.items(), "Broken backends", console=Console(stderr=True)):
+        failed = [r.chosen.name for r in check(kind(), max_examples=max_examples) if r.failure is not None]
+        found[kind.__name__] = {"defect": str(kind.__doc__), "ought_to_violate": ought, "violated": failed}
+    return found
+
+
+def backend_grid(figures: dict[str, Any]) -> Grid:
+    """A row a backend."""
+    columns = ("backend", "passed", "failed", "not asked", "cases a property", "cases", "seconds")
+    rows = []
+    for run in figures["backends"]:
+        outcomes = [row["outcome"] for row in run["results"]]
+        counts = (str(outcomes.count(kind)) for kind in ("passed", "failed", "not asked"))
+        cases, seconds = (sum(row[key] for row in run["results"]) for key in ("examples", "seconds"))
+        rows.append((run["backend"], *counts, str(run["max_examples"]), f"{cases:,}", number(seconds)))
+    return Grid("Backends", columns, tuple(rows))
+
+
+def broken_grid(figures: dict[str, Any]) -> Grid:
+    """A row a broken backend."""
+    columns = ("defect", "ought to violate", "and violated too")
+    rows = []
+    for own in figures["broken"].values():
+        ought = own["ought_to_violate"]
+        others = [name for name in own["violated"] if name != ought]
+        rows.append((own["defect"], f"`{ought}`", ", ".join(f"`{name}`" for name in others) or "—"))
+    return Grid("Broken backends", columns, tuple(rows))
+
+
+def property_grid() -> Grid:
+    """A row a property."""
+    rows = (
+        (f"`{p.name}`", f"[{p.equation}](spec/{p.page}.md)", p.statement.replace("|w|", r"\|w\|")) for p in PROPERTIES
+    )
+    return Grid("Properties", ("property", "equation", "statement"), tuple(rows))
+
+
+def page(text: str, figures: dict[str, Any]) -> str:
+    """The page with the tables of these figures between its marks."""
+    setting = figures["setting"]
+    scale = f"{len(figures['broken'])} backends, {setting['broken_max_examples']} cases a property"
+    tables = {
+        "properties": property_grid().markdown(),
+        "backends": f"{machine.name(setting)}; {machine.versions(setting)}:\n\n{backend_grid(figures).markdown()}",
+        "broken": f"{scale}:\n\n{broken_grid(figures).markdown()}",
+    }
+    for name, table in tables.items():
+        marked = re.compile(rf"(?<=<!-- {name}: from make conformance -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
+        text, found = marked.subn(lambda _, table=table: table, text)  # type: ignore[misc]
+        if found != 1:
+            raise ValueError(f"page: {PAGE.name} must have one place marked {name}, got {found}")
+    return text
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--broken-max-examples", type=int, default=200, help="cases a property for broken backends")
+    parser.add_argument("--page-only", action="store_true", help="make the page anew from the results that are there")
+    options = parser.parse_args()
+    require_one(parser, options, ("broken_max_examples",))
+    return options
+
+
+def main() -> None:
+    """Run, save, and write the page."""
+    options = parse_arguments()
+    if not options.page_only:
+        setting = {**machine.describe(), "broken_max_examples": options.broken_max_examples}
+        backends = [run(chosen) for chosen in track(RUNS, "Backends", console=Console(stderr=True))]
+        figures = {"setting": setting, "backends": backends, "broken": catches(options.broken_max_examples)}
+        RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    figures = json.loads(RESULTS.read_text(encoding="utf-8"))
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), figures), encoding="utf-8")
+    backend_grid(figures).print(Console(width=140))
+
+
+if __name__ == "__main__":
+    main()
