@@ -1,5 +1,10 @@
-"""The documents: every Python block runs, and what they name exists."""
+"""The documents: every Python block runs and prints what stands below it, and what they name exists.
 
+A block marked ``output`` directly below a Python block is what that block prints.
+"""
+
+import contextlib
+import io
 import json
 import os
 import re
@@ -9,12 +14,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Keras decides on a backend when it is imported; its pages are run where one was asked for.
-EXECUTED = [path for path in DOCUMENTS if path.name not in ("keras.md", "tfmot.md") or os.environ.get("KERAS_BACKEND")]
+DOCUMENTS = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)]
+EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```output\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
 
-documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+def is_executed(path: Path) -> bool:
+    """Keras decides on a backend when it is imported; its pages are run where one was asked for."""
+    text = path.read_text(encoding="utf-8")
+    return "```python" in text and bool("\nfrom st3_keras" not in text or os.environ.get("KERAS_BACKEND"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+documents = pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 
 
 def missing_from(found: set[str], known: set[str]) -> list[str]:
@@ -23,16 +38,25 @@ def missing_from(found: set[str], known: set[str]) -> list[str]:
     return sorted(found - known)
 
 
-@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if is_executed(path)], ids=name_of)
 @pytest.mark.filterwarnings("default" if os.environ.get("KERAS_BACKEND") else "error")
 def test_python_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # blocks may write files
     text, namespace = path.read_text(encoding="utf-8"), {"__name__": "document"}
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    assert len(blocks) == text.count("```python") > 0
-    for block in blocks:
-        empty_lines = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback tells the document's line
-        exec(compile(empty_lines + block[1], path, "exec"), namespace)
+    examples = list(EXAMPLE.finditer(text))
+    assert len(examples) == text.count("```python")
+    assert sum(example[2] is not None for example in examples) == text.count("```output")
+    for example in examples:
+        empty_lines = "\n" * text.count("\n", 0, example.start(1))  # so that a traceback tells the document's line
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(empty_lines + example[1], path, "exec"), namespace)
+        if example[2] is not None:
+            assert lines(printed.getvalue()) == lines(example[2])
+
+
+def lines(text: str) -> list[str]:
+    """The lines without the spaces at their ends, which editors take away."""
+    return [line.rstrip() for line in text.strip("\n").split("\n")]
 
 
 @documents
