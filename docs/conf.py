@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS / "_extensions"), str(DOCS.parent), str(DOCS.parent / "adapters")]
@@ -33,9 +35,8 @@ myst_heading_anchors = 3
 html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 
 html_theme = "furo"
@@ -45,3 +46,18 @@ html_css_files = ["site.css"]
 html_theme_options = {"footer_icons": []}
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
+
+
+def short_arrays(signature: str | None) -> str | None:
+    """Annotations as the source has them: autodoc spells ``NDArray`` out."""
+    return signature and re.sub(
+        r"ndarray\[tuple\[\S*Any, \.\.\.\], \S*dtype\[(.*?)\]\]", r"typing.NDArray[\1]", signature
+    )
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect(
+        "autodoc-process-signature",
+        lambda app, what, name, obj, options, signature, returned: (short_arrays(signature), short_arrays(returned)),
+    )
