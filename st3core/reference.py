@@ -1,7 +1,7 @@
 """The specification of ST-3 as plain NumPy: one short function an equation, slow and obvious.
 
 Everything else in this project is tested against this module. Nothing here is optimised, and nothing
-here checks its input; the public functions do. Equation numbers are those of ``docs/spec.md``.
+here checks its input; the public functions do. Equation numbers are those of ``docs/spec``.
 
 ``float16`` and ``bfloat16`` weights are computed in ``float32``, others in their own dtype ("compute
 dtype" below); sums run in ``float64``.

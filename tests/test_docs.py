@@ -16,6 +16,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)]
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```output\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
+EQUATION_PARTS = [
+    "Domain", "Dtypes", "Edge cases", "Worked example", "Complexity", "Reference code", "Subnormals flushed",
+    "Tested by",
+]  # fmt: skip
+SPECIFICATION = {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs/spec").glob("*.md"))}
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
 
 
@@ -26,7 +31,8 @@ def is_executed(path: Path) -> bool:
 
 
 def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+    """Path from the root, without ``docs``."""
+    return path.relative_to(ROOT).as_posix().removeprefix("docs/")
 
 
 documents = pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
@@ -84,13 +90,45 @@ def test_accuracies_in_the_readme_are_those_measured():
         assert f"| `{name}` | {mean:.1f} ± {deviation:.1f} | {lowest:.1f} | {zeros:.2f} |" in README
 
 
+def test_anchors_in_the_specification_exist():
+    for name, text in SPECIFICATION.items():
+        for page, anchor in re.findall(r"\]\(([\w.]*)#([\w-]+)\)", text):
+            headings = re.findall(r"^#+ (.*)", SPECIFICATION[page or name], re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_equations_have_all_their_parts():
+    sections = [part for text in SPECIFICATION.values() for part in text.split("\n## ") if r"\tag" in part]
+    assert len(sections) == 12
+    for section in sections:
+        found = re.findall(r"^\*\*([A-Z][^*]*)\.\*\*", section, re.MULTILINE)
+        assert found == EQUATION_PARTS, section[:40]
+        assert "```{literalinclude} " in section
+        assert f"Vectors: `{re.search(r'tag{(.*?)}', section)[1]}`" in " ".join(section.split())
+
+
+def test_code_quoted_by_the_specification_exists():
+    pattern = r"```\{literalinclude\} (\S+)\n:language: python\n:pyobject: (\S+)\n```"
+    quotes = [quote for text in SPECIFICATION.values() for quote in re.findall(pattern, text)]
+    assert len(quotes) == sum(text.count("{literalinclude}") for text in SPECIFICATION.values()) > 0
+    for path, name in quotes:
+        source = (ROOT / "docs/spec" / path).read_text(encoding="utf-8")
+        assert re.search(rf"^ *def {name.rpartition('.')[2]}\(", source, re.MULTILINE), (path, name)
+
+
+def test_functions_of_the_reference_are_quoted():
+    source = (ROOT / "st3core/reference.py").read_text(encoding="utf-8")
+    quoted = set(re.findall(r":pyobject: (\S+)", "".join(SPECIFICATION.values())))
+    assert missing_from(set(re.findall(r"^def (\w+)", source, re.MULTILINE)), quoted) == []
+
+
 def test_tests_named_in_the_specification_exist():
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/spec.md").read_text(encoding="utf-8")))
+    named = set(re.findall(r"`(test_\w+)`", "".join(SPECIFICATION.values())))
     assert missing_from(named, set(re.findall(r"^def (test_\w+)", TESTS, re.MULTILINE))) == []
 
 
 def test_equations_quoted_by_docstrings_have_their_numbers():
-    tags = set(re.findall(r"\\tag\{(\w+)\}", (ROOT / "docs/spec.md").read_text(encoding="utf-8")))
+    tags = set(re.findall(r"\\tag\{(\w+)\}", "".join(SPECIFICATION.values())))
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "st3core").rglob("*.py"))
     quoted = set(re.findall(r"equation (\d[a-z]?)", sources))
     assert missing_from(quoted, tags | {tag[0] for tag in tags}) == []

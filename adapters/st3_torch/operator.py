@@ -28,18 +28,20 @@ def forward_weight(
         New tensor of the weight's shape, dtype and memory format.
     """
     if torch.compiler.is_compiling():
-        return _traced(weight, threshold, method, layout)
+        return traced_forward_weight(weight, threshold, method, layout)
     result: torch.Tensor = _ForwardWeight.apply(weight, threshold, method, layout)  # type: ignore[no-untyped-call]
     return result
 
 
-def _traced(weight: torch.Tensor, threshold: torch.Tensor, method: Method, layout: ChannelLayout) -> torch.Tensor:
+def traced_forward_weight(
+    weight: torch.Tensor, threshold: torch.Tensor, method: Method, layout: ChannelLayout
+) -> torch.Tensor:
     """The rule of :class:`_ForwardWeight` for compilers, in operations that they differentiate themselves."""
     constant = weight.detach()
-    nothing = weight - constant  # zero, with the gradient of the weight
+    nothing = constant - weight  # zero, with minus the gradient of the weight; subtracted, so that -0 stays -0
     if method.backward == "masked":
         nothing = _masked(nothing, constant, threshold)
-    return forward_with_torch(constant, threshold, method, layout) + nothing
+    return forward_with_torch(constant, threshold, method, layout) - nothing
 
 
 class _ForwardWeight(torch.autograd.Function):

@@ -1,0 +1,94 @@
+"""PyTorch as backends of :mod:`st3core.conformance`: what it does on the CPU, and what it does on other devices."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from st3_torch.counting import TensorCounter
+from st3_torch.layers import ChannelLayout
+from st3_torch.memory import NUMPY_DTYPES, as_array
+from st3_torch.operator import forward_weight, traced_forward_weight
+from st3core._validation import as_sparsity
+from st3core.memory import MEMORY_FORMATS
+from st3core.method import Method, get_method
+from st3core.operators import round_thresholds
+from st3core.search import count_thresholds, find_named_thresholds, tensor_units
+
+
+class Backend:
+    """What a Sparsifier does with CPU tensors: the core's compiled kernels, within PyTorch's autograd."""
+
+    name = "torch"
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
+    checks_weights = False  # the search does, before any forward pass
+
+    def from_numpy(self, array: np.ndarray) -> torch.Tensor:
+        """Tensor of the same memory."""
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    def to_numpy(self, array: torch.Tensor) -> np.ndarray:
+        """Copy of the tensor."""
+        return as_array(array.detach()).copy()
+
+    def find_thresholds(
+        self, weights: Sequence[torch.Tensor], sparsity: float, method: str | Method
+    ) -> NDArray[np.float64]:
+        """Search as in ``Sparsifier.step()``."""
+        return find_named_thresholds([as_array(w) for w in weights], sparsity, method, _names(weights))
+
+    def sparsify(self, weight: torch.Tensor, threshold: float, method: str | Method, channel_axis: int) -> torch.Tensor:
+        """Forward weight as a layer sees it."""
+        layout = ChannelLayout(axis=channel_axis % max(weight.ndim, 1))
+        return self._forward(weight, _limit(weight, threshold), get_method(method), layout)
+
+    def vjp(
+        self,
+        weight: torch.Tensor,
+        threshold: float,
+        method: str | Method,
+        channel_axis: int,
+        cotangent: torch.Tensor,
+    ) -> torch.Tensor:
+        """Gradient by :func:`torch.autograd.grad`."""
+        leaf = weight.detach().requires_grad_()
+        forward = self.sparsify(leaf, threshold, method, channel_axis)
+        return torch.autograd.grad(forward, leaf, cotangent)[0]
+
+    def _forward(
+        self, weight: torch.Tensor, limit: torch.Tensor, method: Method, layout: ChannelLayout
+    ) -> torch.Tensor:
+        return forward_weight(weight, limit, method, layout)
+
+
+class DeviceBackend(Backend):
+    """What it does on other devices and for compilers, in PyTorch's own operations; here on the CPU."""
+
+    name = "torch, device path"
+
+    def find_thresholds(
+        self, weights: Sequence[torch.Tensor], sparsity: float, method: str | Method
+    ) -> NDArray[np.float64]:
+        """Search that counts with PyTorch operations."""
+        dtypes = [NUMPY_DTYPES[w.dtype] for w in weights]
+        units = tensor_units([w.shape for w in weights], dtypes, get_method(method))
+        counter = TensorCounter(weights, units, _names(weights))
+        return count_thresholds(counter, as_sparsity(sparsity, "find_thresholds"), units, dtypes)
+
+    def _forward(
+        self, weight: torch.Tensor, limit: torch.Tensor, method: Method, layout: ChannelLayout
+    ) -> torch.Tensor:
+        return traced_forward_weight(weight, limit, method, layout)
+
+
+def _names(weights: Sequence[torch.Tensor]) -> list[str]:
+    return [f"weights[{i}]" for i in range(len(weights))]
+
+
+def _limit(weight: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The threshold as a Sparsifier hands it to the operator: rounded once, by the core."""
+    memory = MEMORY_FORMATS[NUMPY_DTYPES[weight.dtype].name]
+    return torch.from_numpy(round_thresholds(np.array(threshold), memory))

@@ -1,0 +1,196 @@
+"""Properties of the forward weight (equations 3 to 5)."""
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import strategies as st
+
+from st3core import reference
+from st3core.conformance.backend import Backend
+from st3core.conformance.cases import LAYOUTS, Array, Operation, Search, Sequence, shown, with_layout
+from st3core.conformance.properties import Property, conformance_property
+from st3core.conformance.strategies import any_bits, methods, normal, operations, ties
+from st3core.conformance.thresholds import made_subnormal, require_rejected, with_not_finite
+from st3core.conformance.violation import (
+    require,
+    require_close,
+    require_equal,
+    require_kind,
+    require_same_bits,
+)
+
+RESCALE_ULP = 4
+"""Units in the last place that a rescaled weight may be off: frameworks sum a channel in orders of their own."""
+
+_rescaled = methods(lambda method: method.rescale != "none")
+_plain = methods(lambda method: method.rescale == "none")
+_soft = methods(lambda method: method.rescale == "none" and method.operator == "soft")
+_hard = methods(lambda method: method.rescale == "none" and method.operator == "hard")
+
+
+def require_forward(case: Operation, got: np.ndarray, expected: np.ndarray, shown_as: Sequence | None = None) -> None:
+    """The same bits, or values within :data:`RESCALE_ULP` where sums are involved."""
+    if case.chosen.rescale == "none" or case.limit == 0:
+        require_same_bits(shown_as or case, got, expected)
+    else:
+        require_close(shown_as or case, got, expected, RESCALE_ULP)
+
+
+@conformance_property("5", operations)
+def forward_equals_the_reference(backend: Backend, case: Operation) -> None:
+    """Forward weights are those of the reference: to the bit without rescale, within 4 ulp with it."""
+    require_forward(case, case.call(backend).result, case.expected())
+
+
+@conformance_property("3a", operations)
+def forward_is_zero_up_to_the_threshold(backend: Backend, case: Operation) -> None:
+    """A forward weight is zero exactly where the magnitude is at most the threshold."""
+    found, values = case.call(backend).result, case.weight.values
+    zeros = np.abs(values) <= case.limit
+    require(((found == 0) == zeros).all(), case, f"zeros at {(found == 0).tolist()}", f"zeros at {zeros.tolist()}")
+
+
+@conformance_property("3b", lambda backend: operations(backend, method=_soft))
+def forward_is_the_textbook_formula(backend: Backend, case: Operation) -> None:
+    """The soft threshold is sign(w) max(|w| - lambda, 0)."""
+    values = case.weight.values
+    wide, limit = (np.asarray(x).astype(reference.compute_dtype(values.dtype)) for x in (values, case.limit))
+    textbook = np.sign(wide) * np.maximum(np.abs(wide) - limit, wide.dtype.type(0))
+    require_equal(case, case.call(backend).result, textbook.astype(values.dtype))
+
+
+@conformance_property("3c", lambda backend: operations(backend, method=_hard))
+def forward_keeps_weights_under_a_hard_threshold(backend: Backend, case: Operation) -> None:
+    """The hard threshold leaves a kept weight as it is."""
+    values = case.weight.values
+    expected = np.where(np.abs(values) > case.limit, values, values.dtype.type(0))
+    require_equal(case, case.call(backend).result, expected)
+
+
+@conformance_property("4", lambda backend: operations(backend, method=_rescaled, kinds=(normal, ties)))
+def forward_scale_is_that_of_kept_magnitudes(backend: Backend, case: Operation) -> None:
+    """The scale comes from means of each channel's magnitudes, and of the kept ones before they are shrunk."""
+    values = case.weight.values.astype(np.float64)
+    axis = case.channel_axis % max(values.ndim, 1)
+    magnitudes, limit = np.abs(values), np.float64(case.limit)
+    everything, kept = (_channel_means(m, axis) for m in (magnitudes, magnitudes * (magnitudes > limit)))
+    scale = 1.01 / ((kept + 1e-6) / (everything + 1e-6) + 0.01)
+    thresholded = np.sign(values) * np.maximum(magnitudes - limit, 0)
+    if case.chosen.operator == "hard":
+        thresholded = values * (magnitudes > limit)
+    compute = reference.compute_dtype(case.weight.values.dtype)
+    product = scale.astype(compute) * thresholded.astype(compute) if limit else values
+    require_close(case, case.call(backend).result, product.astype(case.weight.values.dtype), RESCALE_ULP)
+
+
+def _channel_means(magnitudes: np.ndarray, axis: int) -> np.ndarray:
+    others = tuple(a for a in range(magnitudes.ndim) if a != axis)
+    if magnitudes.size == 0 or not others:
+        return magnitudes
+    means: np.ndarray = magnitudes.mean(axis=others, keepdims=True)
+    return means
+
+
+_channelled = ((2, 3), (3, 2), (3, 2, 2), (5, 4), (2, 3, 3, 2))
+
+
+@conformance_property("4", lambda backend: operations(backend, method=_rescaled, shapes=_channelled))
+def forward_scales_each_channel(backend: Backend, case: Operation) -> None:
+    """A channel has the forward weights that it has alone, without the other channels."""
+    values = case.weight.values
+    axis = case.channel_axis % values.ndim
+    alone = replace(case, weight=Array(np.ascontiguousarray(values.take([-1], axis=axis))), channel_axis=axis)
+    require_forward(case, case.call(backend).result.take([-1], axis=axis), alone.call(backend).result)
+
+
+@conformance_property("3", lambda backend: operations(backend).map(lambda case: replace(case, threshold=0.0)))
+def forward_without_threshold_is_the_identity(backend: Backend, case: Operation) -> None:
+    """A threshold of 0 leaves every weight as it is, to the bit."""
+    require_same_bits(case, case.call(backend).result, case.weight.values)
+
+
+@conformance_property("3", lambda backend: operations(backend, kinds=(ties, any_bits)))
+def forward_has_positive_zeros(backend: Backend, case: Operation) -> None:
+    """Every zero that a threshold makes is +0, and a kept weight keeps its sign."""
+    found, values = case.call(backend).result, case.weight.values
+    negative = np.signbit(values) & ((np.abs(values) > case.limit) | (case.limit == 0))
+    same = np.signbit(found) == negative
+    require(same.all(), case, shown(found), f"a negative sign at {negative.tolist()}")
+
+
+@st.composite
+def _subnormal(draw: st.DrawFn, backend: Backend) -> Operation:
+    case = draw(operations(backend, kinds=(any_bits,), method=_plain))
+    values = made_subnormal(case.weight.values)
+    chosen = draw(st.sampled_from(np.abs(values).ravel().tolist() or [0.0]))
+    return replace(case, weight=replace(case.weight, values=values), threshold=chosen)
+
+
+@conformance_property("3b", _subnormal, unless=("flushes_subnormals", True))
+def forward_keeps_subnormals(backend: Backend, case: Operation) -> None:
+    """Subnormal weights and subnormal differences are numbers like any other."""
+    require_same_bits(case, case.call(backend).result, case.expected())
+
+
+@conformance_property("5", operations)
+def forward_keeps_dtype_and_shape(backend: Backend, case: Operation) -> None:
+    """A forward weight has the dtype and the shape of its weight."""
+    values = case.weight.values
+    require_kind(case, case.call(backend).result, values.dtype, values.shape)
+
+
+@conformance_property("5", operations)
+def forward_ignores_memory_layout(backend: Backend, case: Operation) -> None:
+    """A weight that is transposed or has gaps in memory has the same forward weight."""
+    expected = case.expected()
+    for layout in LAYOUTS:
+        other = with_layout(case, layout)
+        require_forward(other, other.call(backend).result, expected)
+
+
+@st.composite
+def _in_succession(draw: st.DrawFn, backend: Backend) -> Sequence:
+    first = draw(operations(backend, kinds=(normal, ties)))
+    other = Array((-first.weight.values / 2).astype(first.weight.values.dtype), first.weight.layout)
+    return Sequence(first, replace(first, weight=other, threshold=first.threshold / 4))
+
+
+@conformance_property("5", _in_succession)
+def forward_depends_on_its_arguments_alone(backend: Backend, case: Sequence) -> None:
+    """No mask or scale of an earlier call is left, also where the same memory holds other weights by now."""
+    first, second = case.first, case.second
+    if isinstance(first, Search) or isinstance(second, Search):  # pragma: no cover
+        raise TypeError("two operations")
+    memory = first.weight.make()
+    first.call_with(backend, [memory])
+    memory[...] = second.weight.values
+    require_forward(second, second.call_with(backend, [memory]).result, second.expected(), shown_as=case)
+
+
+@st.composite
+def _not_finite(draw: st.DrawFn, backend: Backend) -> Operation:
+    case = draw(operations(backend).filter(lambda case: case.weight.values.size > 0))
+    return replace(case, weight=draw(with_not_finite(case.weight)))
+
+
+@conformance_property("5", _not_finite, unless=("checks_weights", False))
+def forward_rejects_what_is_not_finite(backend: Backend, case: Operation) -> None:
+    """NaN and infinity in a weight are a ValueError."""
+    require_rejected(backend, case)
+
+
+PROPERTIES: tuple[Property, ...] = (
+    forward_equals_the_reference,
+    forward_is_zero_up_to_the_threshold,
+    forward_is_the_textbook_formula,
+    forward_keeps_weights_under_a_hard_threshold,
+    forward_scales_each_channel,
+    forward_scale_is_that_of_kept_magnitudes,
+    forward_without_threshold_is_the_identity,
+    forward_has_positive_zeros,
+    forward_keeps_subnormals,
+    forward_keeps_dtype_and_shape,
+    forward_ignores_memory_layout,
+    forward_depends_on_its_arguments_alone,
+    forward_rejects_what_is_not_finite,
+)
