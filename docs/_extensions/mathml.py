@@ -22,7 +22,7 @@ _SPELLINGS = {
     r"\log": r"\,\log\,",
 }
 _UNKNOWN = re.compile("|".join(re.escape(name) + "(?![a-zA-Z])" for name in _SPELLINGS))
-_BAR = re.compile(r'<mo stretchy="false">([|‖])</mo>')
+_NO_OPERATOR = re.compile(r"<mo([^>]*)>([|‖]|min|max)</mo>")
 _TAG = re.compile(r"\\tag\{(\w+)\}")
 
 
@@ -33,7 +33,7 @@ def mathml(node: nodes.Element, latex: str, as_block: bool) -> str:
     except MathError as error:
         logging.getLogger(__name__).warning("%s in the formula %r", error, latex, location=node)
         return f"<code>{escape(latex)}</code>"
-    return _BAR.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', markup)  # signs around, not between
+    return _NO_OPERATOR.sub(r'<mo\1 lspace="0" rspace="0">\2</mo>', markup)  # stands around or before, not between
 
 
 def visit_math(translator: Any, node: nodes.math) -> None:
