@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 KERAS := $(VENV)/.keras
 
-.PHONY: demo test test-keras check bench conformance stress study clean
+.PHONY: demo test test-keras check docs bench conformance stress study clean
 
 ifdef BACKEND
 demo: $(KERAS)  ## sparse-train a network on handwritten digits; BACKEND=tensorflow, jax or torch: with Keras
@@ -27,10 +27,13 @@ test-keras: $(KERAS)  ## the Keras adapter on one backend: BACKEND=tensorflow, j
 	KERAS_BACKEND=$(or $(BACKEND),torch) $(RUN) pytest -n 2 tests/st3_keras adapters/st3_keras \
 		tests/test_docs.py -k "st3_keras or keras.md or tfmot.md"
 
-check: $(READY)  ## style and types
+check: docs  ## style, types, and the documentation
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+
+docs: $(KERAS)  ## the documentation as a site: docs/_build/html/index.html
+	$(RUN) sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
 
 bench: $(READY)  ## time every part of a sparse step beside its alternatives; writes docs/performance.md
 	$(RUN) benchmarks.speed
@@ -41,8 +44,9 @@ conformance: $(KERAS)  ## hold every backend to the specification, and show that
 stress: $(READY)  ## call from many threads and processes at once: no crash, no wrong bit
 	$(RUN) benchmarks.stress
 
-study: $(READY)  ## accuracy at 99 % zeros: ST-3 against its neighbours, five seeds
+study: $(READY)  ## accuracy at 99 % zeros: ST-3 against its neighbours, five seeds; writes docs/accuracy.md
 	$(RUN) benchmarks.accuracy
+	$(RUN) benchmarks.accuracy_page
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'st3core needs Python 3.11 or newer, this is ' + sys.version"

@@ -1,7 +1,7 @@
 """Accuracy on handwritten digits at one sparsity: ST-3 against its neighbours and the dense network.
 
 The network and the recipe are those of ``examples/digits.py``, the same for every method. Run it from
-the repository's root: ``python -m benchmarks.accuracy``.
+the repository's root: ``python -m benchmarks.accuracy``; ``python -m benchmarks.accuracy_page`` then writes the page.
 """
 
 import argparse

@@ -97,7 +97,9 @@ def backward(
     .. math:: \frac{\partial L}{\partial w} = \frac{\partial L}{\partial \hat w}
               \quad\text{(straight-through)}, \qquad
               \frac{\partial L}{\partial w} = \frac{\partial L}{\partial \hat w}\,[|w| > \lambda]
-              \quad\text{(masked; nothing is masked for } \lambda = 0\text{)}
+              \quad\text{(masked)}
+
+    A threshold of 0 masks nothing.
 
     Args:
         grad: gradient of the loss for the forward weight, of the weight's shape and dtype. Values that

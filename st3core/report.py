@@ -37,7 +37,7 @@ class LayerReport:
 
     @property
     def sparse_macs(self) -> float | None:
-        """Multiply-adds with a weight that is not zero: every weight takes part equally often."""
+        """Multiply-adds with a weight that is not zero; every weight takes part equally often."""
         return None if self.dense_macs is None else self.dense_macs * (1 - self.sparsity)
 
 

@@ -39,7 +39,9 @@ class Counter(Protocol):
     """What the search asks for. A *key* is the bit pattern of a magnitude, as an integer."""
 
     size: int
+    """Number of weights."""
     infinity: int
+    """Key of infinity, which is above every other."""
 
     def magnitude(self, key: int) -> float:
         """Magnitude of a key."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import alternatives, bounds, network, page, shapes, sizes, step, timing
+from benchmarks import accuracy_page, alternatives, bounds, network, page, shapes, sizes, step, timing
 from st3core import find_thresholds, sparsify
 
 FIGURES = json.loads(page.RESULTS.read_text(encoding="utf-8"))
@@ -15,6 +15,29 @@ WEIGHTS = shapes.he_normal([(8, 3, 3, 3), (16, 8, 3, 3), (10, 16)])
 
 def test_page_is_what_the_figures_make():
     assert page.PAGE.read_text(encoding="utf-8") == page.page(FIGURES)
+
+
+def accuracies():
+    return (
+        json.loads(path.read_text(encoding="utf-8")) for path in (accuracy_page.RESULTS, accuracy_page.KERAS_RESULTS)
+    )
+
+
+def test_accuracy_page_is_what_the_figures_make():
+    assert accuracy_page.PAGE.read_text(encoding="utf-8") == accuracy_page.page(*accuracies())
+
+
+def test_accuracies_are_shares_of_the_test_images():
+    figures, keras = accuracies()
+    measured = [figures["methods"], *keras["backends"].values()]
+    found = np.array([a for methods in measured for method in methods.values() for a in method["accuracies"]])
+    right = found * accuracy_page.TEST_IMAGES
+    np.testing.assert_allclose(right, right.round(), atol=1e-4)  # Keras computes the share in float32
+
+
+def test_accuracies_were_measured_with_the_same_settings():
+    figures, keras = accuracies()
+    assert figures["settings"] == keras["settings"]
 
 
 def test_readme_table_is_what_the_figures_make():

@@ -1,5 +1,10 @@
-"""The documents: every Python block runs, and what they name exists."""
+"""The documents: every Python block runs and prints what stands below it, and what they name exists.
 
+A block marked ``output`` directly below a Python block is what that block prints.
+"""
+
+import contextlib
+import io
 import json
 import os
 import re
@@ -10,17 +15,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)]
+EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```output\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
 EQUATION_PARTS = [
     "Domain", "Dtypes", "Edge cases", "Worked example", "Complexity", "Reference code", "Subnormals flushed",
     "Tested by",
 ]  # fmt: skip
 SPECIFICATION = {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs/spec").glob("*.md"))}
-# Keras decides on a backend when it is imported; its pages are run where one was asked for.
-EXECUTED = [path for path in DOCUMENTS if path.name not in ("keras.md", "tfmot.md") or os.environ.get("KERAS_BACKEND")]
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
 
 
-def name_of(path):
+def is_executed(path: Path) -> bool:
+    """Keras decides on a backend when it is imported; its pages are run where one was asked for."""
+    text = path.read_text(encoding="utf-8")
+    return "```python" in text and bool("\nfrom st3_keras" not in text or os.environ.get("KERAS_BACKEND"))
+
+
+def name_of(path: Path) -> str:
     """Path from the root, without ``docs``."""
     return path.relative_to(ROOT).as_posix().removeprefix("docs/")
 
@@ -34,16 +44,25 @@ def missing_from(found: set[str], known: set[str]) -> list[str]:
     return sorted(found - known)
 
 
-@pytest.mark.parametrize("path", EXECUTED, ids=name_of)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if is_executed(path)], ids=name_of)
 @pytest.mark.filterwarnings("default" if os.environ.get("KERAS_BACKEND") else "error")
 def test_python_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # blocks may write files
     text, namespace = path.read_text(encoding="utf-8"), {"__name__": "document"}
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    assert len(blocks) == text.count("```python") > 0
-    for block in blocks:
-        empty_lines = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback tells the document's line
-        exec(compile(empty_lines + block[1], path, "exec"), namespace)
+    examples = list(EXAMPLE.finditer(text))
+    assert len(examples) == text.count("```python")
+    assert sum(example[2] is not None for example in examples) == text.count("```output")
+    for example in examples:
+        empty_lines = "\n" * text.count("\n", 0, example.start(1))  # so that a traceback tells the document's line
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(empty_lines + example[1], path, "exec"), namespace)
+        if example[2] is not None:
+            assert lines(printed.getvalue()) == lines(example[2])
+
+
+def lines(text: str) -> list[str]:
+    """The lines without the spaces at their ends, which editors take away."""
+    return [line.rstrip() for line in text.strip("\n").split("\n")]
 
 
 @documents
@@ -53,7 +72,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_files_named_in_the_readme_exist():
-    found = set(re.findall(r"\b(?:st3core|adapters|tests|docs|examples|benchmarks)/[\w./]*", README))
+    found = set(re.findall(r"\b(?:st3core|adapters|tests|docs|examples|benchmarks)/[\w./-]*", README))
     assert missing_from(found, {path for path in found if (ROOT / path).exists()}) == []
 
 

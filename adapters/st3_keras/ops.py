@@ -1,7 +1,7 @@
 """The forward weight and its gradient rule, as Keras operations that every backend compiles.
 
 The equations stand here once for all backends. In the host's memory the compiled kernels of the core do the
-same work (:mod:`st3_keras.host`).
+same work (``st3_keras.host``).
 """
 
 from collections.abc import Sequence

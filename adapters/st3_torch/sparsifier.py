@@ -206,7 +206,7 @@ class Sparsifier:
         """Write the sparse weights into the model and take every trace of this library off it.
 
         Returns:
-            The model, an ordinary one: original classes, parameters and ``state_dict`` keys.
+            The model, an ordinary one with its original classes, parameters and ``state_dict`` keys.
 
         Raises:
             RuntimeError: the model has been finalized already.

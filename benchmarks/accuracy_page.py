@@ -1,0 +1,120 @@
+"""The page on accuracy, made from what the two studies have written: ``python -m benchmarks.accuracy_page``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy_keras import ROWS, compare
+from benchmarks.grid import Grid
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/accuracy.json"
+KERAS_RESULTS = ROOT / "benchmarks/results/accuracy_keras.json"
+PAGE = ROOT / "docs/accuracy.md"
+TEST_IMAGES = 450
+BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+
+_PAGE = """# Accuracy
+
+The network and recipe of `examples/digits.py`, scikit-learn's handwritten digits, {zeros} zeros, {epochs} epochs,
+{seeds} seeds for each method. One test image of {images} is {image:.2f} %.
+
+Read it with care: a tiny network on a tiny data set. The recipe is that of ST-3 and was not tuned for its neighbours.
+Other seeds, versions and machines give other figures.
+
+## The methods, in PyTorch
+
+{methods}
+
+Mean and standard deviation over the seeds.
+
+Measured with {versions}.
+
+## Keras beside the PyTorch adapter
+
+The same network through `examples/digits_keras.py`, on each backend, with the same seeds and so the same split of the
+images. First weights and batches are drawn by other generators. The last column is the difference from the PyTorch
+adapter in standard errors of the difference.
+
+{keras}
+
+Of these {pairs} differences {within} are within one standard error, and {beyond} beyond two. The largest
+is {sparse:.2f} standard errors for the sparse networks, and {dense:.2f} for the dense one, in which this library has no
+part. {seeds} seeds are too few to see a difference of less than about one percent.
+
+Measured with {keras_versions}.
+
+## How to repeat it
+
+`make study` trains the networks of the first table and writes this page; `python -m benchmarks.accuracy_keras` trains
+those of the second one, and `python -m benchmarks.accuracy_page` writes the page again. Their `--help` lists what can
+be varied. The numbers are in `benchmarks/results/accuracy.json` and `accuracy_keras.json`.
+"""
+
+
+def page(figures: dict[str, Any], keras: dict[str, Any]) -> str:
+    """Text of the page."""
+    settings, methods = figures["settings"], figures["methods"]
+    compared = _compared(methods, keras["backends"], settings["seeds"])
+    apart = {pair: abs(row["difference_in_errors"]) for pair, row in compared.items()}
+    return _PAGE.format(
+        zeros=f"{100 * settings['sparsity']:g} %",
+        epochs=settings["epochs"],
+        seeds=settings["seeds"],
+        images=TEST_IMAGES,
+        image=100 / TEST_IMAGES,
+        methods=_methods_grid(methods).markdown(),
+        keras=_keras_grid(methods, compared).markdown(),
+        pairs=len(apart),
+        within=sum(errors <= 1 for errors in apart.values()),
+        beyond=sum(errors > 2 for errors in apart.values()) or "none",
+        dense=max(errors for (method, _), errors in apart.items() if method == "dense"),
+        sparse=max(errors for (method, _), errors in apart.items() if method != "dense"),
+        versions=_versions(figures["versions"]),
+        keras_versions=_versions(keras["versions"]),
+    )
+
+
+def write() -> None:
+    """Write the page from the committed figures."""
+    figures, keras = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, KERAS_RESULTS))
+    PAGE.write_text(page(figures, keras), encoding="utf-8")
+
+
+def _compared(methods: dict[str, Any], backends: dict[str, Any], seeds: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """Figures of each method and backend beside those of the PyTorch adapter."""
+    return {(m, b): compare(backends[b][m], methods[m], seeds) for m in ROWS for b in BACKENDS}
+
+
+def _methods_grid(methods: dict[str, Any]) -> Grid:
+    rows = []
+    for name, own in methods.items():
+        mean, deviation, lowest, zeros = (
+            100 * own[key] for key in ("mean", "standard_deviation", "lowest", "sparsity")
+        )
+        rows.append((f"`{name}`", f"{mean:.1f} ± {deviation:.1f}", f"{lowest:.1f}", f"{zeros:.2f}"))
+    return Grid("", ("method", "test accuracy (%)", "lowest", "zeros (%)"), tuple(rows))
+
+
+def _keras_grid(methods: dict[str, Any], compared: dict[tuple[str, str], dict[str, Any]]) -> Grid:
+    rows = []
+    for method in ROWS:
+        rows.append((f"`{method}`", "PyTorch adapter", *_spread(methods[method]), "", ""))
+        for backend, title in BACKENDS.items():
+            row = compared[method, backend]
+            apart = f"{100 * row['difference']:+.2f}", f"{row['difference_in_errors']:+.2f}"
+            rows.append((f"`{method}`", f"Keras on {title}", *_spread(row), *apart))
+    columns = ("method", "trained with", "mean (%)", "deviation", "difference", "in its errors")
+    return Grid("", columns, tuple(rows))
+
+
+def _spread(row: dict[str, Any]) -> tuple[str, str]:
+    return f"{100 * row['mean']:.2f}", f"{100 * row['standard_deviation']:.2f}"
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+if __name__ == "__main__":
+    write()
