@@ -302,16 +302,19 @@ def tensor_thresholds(
     threshold: float, e1: float, e2: float, units: Sequence[float], dtypes: Sequence[np.dtype[Any]]
 ) -> NDArray[np.float64]:
     """:func:`st3core.reference.tensor_threshold` of every tensor, each distinct case once."""
+    if units.count(units[0]) == dtypes.count(dtypes[0]) == len(units):
+        return np.full(len(units), _tensor_threshold(dtypes[0], units[0], e1, e2, threshold))
     known: dict[tuple[int, float], float] = {}
-    thresholds: list[float] = []
-    for case in zip(map(id, dtypes), units, strict=True):  # dtypes themselves are slow to compare
-        if case not in known:
-            dtype, unit = dtypes[len(thresholds)], case[1]
-            with np.errstate(over="ignore"):  # other tensors may hold what this dtype can't
-                plain = unit == 1 and e1 <= float(dtype.type(threshold)) < e2  # what the function below sees to
-                known[case] = threshold if plain else reference.tensor_threshold(dtype, unit, e1, e2, threshold)
-        thresholds.append(known[case])
-    return np.array(thresholds)
+    for dtype, unit in zip(dtypes, units, strict=True):
+        if (id(dtype), unit) not in known:  # dtypes themselves are slow to compare
+            known[id(dtype), unit] = _tensor_threshold(dtype, unit, e1, e2, threshold)
+    return np.array([known[id(dtype), unit] for dtype, unit in zip(dtypes, units, strict=True)])
+
+
+def _tensor_threshold(dtype: np.dtype[Any], unit: float, e1: float, e2: float, threshold: float) -> float:
+    with np.errstate(over="ignore"):  # other tensors may hold what this dtype can't
+        plain = unit == 1 and e1 <= float(dtype.type(threshold)) < e2  # what the function below sees to
+    return threshold if plain else reference.tensor_threshold(dtype, unit, e1, e2, threshold)
 
 
 def _as_arrays(weights: Iterable[np.ndarray]) -> list[np.ndarray]:
