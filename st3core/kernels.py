@@ -31,6 +31,9 @@ BLOCK = 1024
 LANES = 64
 """Partial sums of a channel of float64."""
 
+SHORT = 256
+"""Elements of a channel up to which several are written together."""
+
 _TINY = 2.0**-64
 
 LINE = 64
@@ -682,11 +685,28 @@ def _write(source, target, memory_format, threshold, hard, stream, scales, buffe
 def _apply_rows(source, target, memory_format, threshold, hard, rescale, stream, size, buffers, lanes, scales):  # type: ignore[no-untyped-def]
     """Channels of ``size`` elements each, one after the other."""
     scales[0] = 1
+    if rescale and size <= SHORT:
+        _apply_short_rows(source, target, memory_format, threshold, hard, stream, size, buffers, lanes, scales)
+        return
     for first in range(0, source.size, size):
         row = source[first : first + size]
         if rescale:
             scales[0] = _row_scale(row, memory_format, threshold, buffers, lanes)
-        _write(row, target[first : first + size], memory_format, threshold, hard, stream, scales, buffers)
+        _write(row, target[first : first + size], memory_format, threshold, hard, stream, scales[:1], buffers)
+
+
+@_part
+def _apply_short_rows(source, target, memory_format, threshold, hard, stream, size, buffers, lanes, scales):  # type: ignore[no-untyped-def]
+    """As many channels at once as make a long loop; each alone would mostly be what SIMD leaves over."""
+    step = BLOCK // size * size
+    for first in range(0, source.size, step):
+        rows = source[first : first + step]
+        for start in range(0, rows.size, size):
+            scale = _row_scale(rows[start : start + size], memory_format, threshold, buffers, lanes)
+            own = scales[start : start + (size + LANES - 1) // LANES * LANES]  # the rest is overwritten, or not used
+            for i in range(own.size):
+                own[i] = scale
+        _write(rows, target[first : first + step], memory_format, threshold, hard, stream, scales[: rows.size], buffers)
 
 
 @_inline
@@ -738,7 +758,7 @@ def apply(units, thresholds, memory_format, source_like, hard, rescale, stream):
         stream: write past the caches; not in place, and elements are aligned to their size.
     """
     # As addresses, because slices of such arrays need no reference counting.
-    memory = np.empty(4 * LANES + 3 * BLOCK, np.float64)
+    memory = np.empty(5 * LANES + 4 * BLOCK, np.float64)
     lane, place = memory[:0], memory.ctypes.data
     lanes = (
         array_at(place, LANES, lane),
@@ -752,7 +772,7 @@ def apply(units, thresholds, memory_format, source_like, hard, rescale, stream):
         array_at(place + 8 * BLOCK, BLOCK, np.empty(0, np.float32)),
         array_at(place + 16 * BLOCK, BLOCK, source_like),
     )
-    scales = array_at(place + 12 * BLOCK, 1, thresholds)
+    scales = array_at(place + 24 * BLOCK, BLOCK + LANES, thresholds)
     for u in range(units.shape[0]):
         repeats, channels, size = units[u, 2], units[u, 3], units[u, 4]
         start, stop, threshold = units[u, 5], units[u, 6], thresholds[units[u, 7]]
