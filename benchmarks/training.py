@@ -131,7 +131,7 @@ def _phase_seconds(
     clock.append(time.perf_counter())
     loss = nn.functional.cross_entropy(model(inputs), labels)
     clock.append(time.perf_counter())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     clock.append(time.perf_counter())
     optimizer.step()
     clock.append(time.perf_counter())
