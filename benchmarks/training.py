@@ -12,7 +12,7 @@ from benchmarks.grid import Grid, number, with_spread
 from benchmarks.network import resnet50, small_layers
 from benchmarks.timing import Call, Row, Seconds, alternating, quartiles, ratios
 from st3_torch import PolynomialSchedule, Sparsifier
-from st3core import threads
+from st3core import kernels
 
 RESNET, SMALL = "ResNet-50, batch 8 of 96 × 96", "20 linear layers of 50 × 50, batch 8"
 _PAIRS, _BLOCKS, _BLOCK = 30, 40, 50
@@ -29,7 +29,13 @@ def measure(sparsity: float, rounds: int) -> dict[str, Any]:
     small = alternating(small_steps, blocks, repeats=_BLOCK)
     return {
         RESNET: {"rounds": pairs, "calls_a_round": 1, **_figures(large)},
-        SMALL: {"rounds": blocks, "calls_a_round": _BLOCK, **_figures(small), "parts": _parts(sparsity, blocks * 10)},
+        SMALL: {
+            "rounds": blocks,
+            "calls_a_round": _BLOCK,
+            **_figures(small),
+            "phases": _phases(sparsity, vectors, classes, blocks),
+            "parts": _parts(sparsity, blocks * 10),
+        },
     }
 
 
@@ -40,13 +46,16 @@ def grids(figures: dict[str, Any]) -> list[Grid]:
         (name, with_spread(own["ratio"]), with_spread(own["added_microseconds"]), number(own["dense_milliseconds"]))
         for name, own in figures.items()
     )
-    parts = figures[SMALL]["parts"]
+    own, heads = figures[SMALL], ("", "median, µs on this machine")
+    tables = {
+        "Where the added time of the small layers goes": own["phases"],
+        "What this library does there": own["parts"],
+    }
     return [
         Grid("A training step in PyTorch", columns, tuple(rows)),
-        Grid(
-            "Where the added time of the small layers goes",
-            ("", "median, µs on this machine"),
-            tuple((name, number(value)) for name, value in parts.items()),
+        *(
+            Grid(title, heads, tuple((name, number(value)) for name, value in table.items()))
+            for title, table in tables.items()
         ),
     ]
 
@@ -95,13 +104,51 @@ def _figures(seconds: Seconds) -> dict[str, float | Row]:
     }
 
 
+def _phases(sparsity: float, inputs: torch.Tensor, labels: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Median microseconds that the sparse model's step takes longer than the dense one's, phase by phase."""
+    names = ("`zero_grad`", "forward pass", "backward pass", "optimizer's step", "`Sparsifier.step()`")
+    spent: dict[str, list[list[float]]] = {"dense": [], "sparse": []}
+    models = {name: small_layers() for name in spent}
+    sparsifiers = {"dense": None, "sparse": Sparsifier(models["sparse"], _late_ramp(sparsity))}
+    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for name, model in models.items()}
+    for _ in range(rounds):
+        for name, model in models.items():
+            for _ in range(_BLOCK):
+                spent[name].append(_phase_seconds(model, optimizers[name], sparsifiers[name], inputs, labels))
+    added = np.median(spent["sparse"], axis=0) - np.median(spent["dense"], axis=0)
+    return dict(zip(names, (1e6 * added).tolist(), strict=True))
+
+
+def _phase_seconds(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sparsifier: Sparsifier | None,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+) -> list[float]:
+    clock = [time.perf_counter()]
+    optimizer.zero_grad()
+    clock.append(time.perf_counter())
+    loss = nn.functional.cross_entropy(model(inputs), labels)
+    clock.append(time.perf_counter())
+    loss.backward()
+    clock.append(time.perf_counter())
+    optimizer.step()
+    clock.append(time.perf_counter())
+    if sparsifier is not None:
+        sparsifier.step()
+    clock.append(time.perf_counter())
+    return np.diff(clock).tolist()
+
+
 def _parts(sparsity: float, count: int) -> dict[str, float]:
     """Median microseconds of what a sparse step of the small layers adds."""
     torch.manual_seed(0)
     model, spent = small_layers(), _Spent()
     sparsifier = Sparsifier(model, _late_ramp(sparsity))
     step = _step(model, None, torch.randn(8, 50), torch.randint(50, (8,)))
-    run, threads.run = threads.run, spent.counting(threads.run)
+    apply_all, search_all = kernels.apply, kernels.search
+    kernels.apply, kernels.search = spent.counting(apply_all), spent.counting(search_all)
     model.register_forward_pre_hook(lambda *_: spent.start(), prepend=True)
     model.register_forward_pre_hook(lambda *_: spent.stop("hook"))
     try:
@@ -111,7 +158,7 @@ def _parts(sparsity: float, count: int) -> dict[str, float]:
             sparsifier.step()
             spent.stop("step")
     finally:
-        threads.run = run
+        kernels.apply, kernels.search = apply_all, search_all
     hook, search, apply, look = (
         np.array([entry[place] for entry in spent.seconds[name]])[-count // 2 :]
         for place in (0, 1)
@@ -119,7 +166,7 @@ def _parts(sparsity: float, count: int) -> dict[str, float]:
     )
     named = {
         "before the forward pass: compiled kernel": apply,
-        "before the forward pass: Python and autograd's node": hook - apply,
+        "before the forward pass: Python": hook - apply,
         "`Sparsifier.step()`: compiled kernel": look,
         "`Sparsifier.step()`: Python": search - look,
     }

@@ -224,6 +224,10 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
     low, high = 0, counter.infinity  # the rank's key is in [low, high)
     before, end = 0, counter.size  # keys below low, keys below high
     warm = forecast.interval(counter) if forecast else None
+    if forecast and warm and isinstance(counter, ArrayCounter):
+        found = counter.neighbours(warm[0], warm[1], rank, _few(counter))
+        if found:
+            return _learned(counter, found, forecast)
     first, last, expected = warm or _guess(counter, rank)
     while high - low > 1:
         if expected <= CAPACITY:
@@ -257,17 +261,29 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
 
 def _pick(counter: Counter, keys: np.ndarray, index: int, forecast: Forecast | None) -> tuple[int, int]:
     """Keys number ``index`` and ``index + 1`` in order; ``keys`` is an interval's worth of them."""
-    few = max(_FEW, counter.size // _FEW_SHARE) if forecast else 0
-    around = [max(index - few, 0), index, min(index + 1, len(keys) - 1), min(index + few, len(keys) - 1)]
+    few, end = _few(counter) if forecast else 0, len(keys) - 1
+    around = [max(index - few, 0), index, min(index + 1, end), min(index + few, end)]
     if len(keys) <= _SORTED:
         keys.sort()
     else:
         keys.partition(around)
-    left, key, following, right = (int(keys[i]) for i in around)
+    found = [int(keys[i]) for i in around]
+    if index == end:
+        found[2] = counter.successor(found[1])
+    return _learned(counter, found, forecast)
+
+
+def _few(counter: Counter) -> int:
+    return max(_FEW, counter.size // _FEW_SHARE)
+
+
+def _learned(counter: Counter, keys: Sequence[int], forecast: Forecast | None) -> tuple[int, int]:
+    """The two keys in the middle; the forecast learns from these and their neighbours."""
+    left, key, following, right = keys
     if forecast:
         magnitude = counter.magnitude(key)
         forecast.learn(magnitude, max(magnitude - counter.magnitude(left), counter.magnitude(right) - magnitude))
-    return key, following if index + 1 < len(keys) else counter.successor(key)
+    return key, following
 
 
 def _guess(counter: Counter, rank: int) -> tuple[int, int, int]:
@@ -288,16 +304,19 @@ def tensor_thresholds(
     threshold: float, e1: float, e2: float, units: Sequence[float], dtypes: Sequence[np.dtype[Any]]
 ) -> NDArray[np.float64]:
     """:func:`st3core.reference.tensor_threshold` of every tensor, each distinct case once."""
+    if units.count(units[0]) == dtypes.count(dtypes[0]) == len(units):
+        return np.full(len(units), _tensor_threshold(dtypes[0], units[0], e1, e2, threshold))
     known: dict[tuple[int, float], float] = {}
-    thresholds: list[float] = []
-    for case in zip(map(id, dtypes), units, strict=True):  # dtypes themselves are slow to compare
-        if case not in known:
-            dtype, unit = dtypes[len(thresholds)], case[1]
-            with np.errstate(over="ignore"):  # other tensors may hold what this dtype can't
-                plain = unit == 1 and e1 <= float(dtype.type(threshold)) < e2  # what the function below sees to
-                known[case] = threshold if plain else reference.tensor_threshold(dtype, unit, e1, e2, threshold)
-        thresholds.append(known[case])
-    return np.array(thresholds)
+    for dtype, unit in zip(dtypes, units, strict=True):
+        if (id(dtype), unit) not in known:  # dtypes themselves are slow to compare
+            known[id(dtype), unit] = _tensor_threshold(dtype, unit, e1, e2, threshold)
+    return np.array([known[id(dtype), unit] for dtype, unit in zip(dtypes, units, strict=True)])
+
+
+def _tensor_threshold(dtype: np.dtype[Any], unit: float, e1: float, e2: float, threshold: float) -> float:
+    with np.errstate(over="ignore"):  # other tensors may hold what this dtype can't
+        plain = unit == 1 and e1 <= float(dtype.type(threshold)) < e2  # what the function below sees to
+    return threshold if plain else reference.tensor_threshold(dtype, unit, e1, e2, threshold)
 
 
 def _as_arrays(weights: Iterable[np.ndarray]) -> list[np.ndarray]:

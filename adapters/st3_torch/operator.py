@@ -68,7 +68,11 @@ class _ForwardWeight(torch.autograd.Function):
 
 
 class AllForwardWeights(torch.autograd.Function):
-    """The straight-through rule for all weights of a model at once, whose forward weights have been computed."""
+    """The straight-through rule for all weights of a model at once, whose forward weights are computed elsewhere.
+
+    One node for all, since a node's fixed cost is more than what it does here. It saves no tensor, so that the
+    same node may serve any number of steps.
+    """
 
     @staticmethod
     def forward(ctx: Any, computed: Sequence[torch.Tensor], *raw: torch.Tensor) -> tuple[torch.Tensor, ...]:

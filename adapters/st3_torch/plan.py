@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from st3_torch.layers import ChannelLayout
 from st3_torch.memory import as_array, on_cpu
+from st3_torch.operator import AllForwardWeights
 from st3_torch.parametrization import SparseWeight
 from st3core.counting import ArrayCounter
 from st3core.memory import MEMORY_FORMATS, MemoryFormat, memory_order
@@ -16,7 +17,9 @@ from st3core.method import Method
 from st3core.operators import PreparedOperator, is_walkable, round_thresholds, unit_table
 from st3core.search import Forecast, count_thresholds, tensor_units
 
-_buffer, _dtype = itemgetter("threshold"), attrgetter("dtype")
+_buffer, _dtype, _version = itemgetter("threshold"), attrgetter("dtype"), attrgetter("_version")
+_owner, _requires_grad, _node = attrgetter("_cdata"), attrgetter("requires_grad"), attrgetter("grad_fn")
+_hooks, _keeps_grad = attrgetter("_backward_hooks"), attrgetter("retains_grad")
 
 
 def can_plan(raw: Sequence[torch.Tensor], layouts: Sequence[ChannelLayout]) -> bool:
@@ -57,15 +60,20 @@ class Plan:
         self._units = tensor_units([array.shape for array in arrays], self._dtypes, method)
         self._counter = ArrayCounter(arrays, self._units, names)
         self._computed: object = None
-        with torch.inference_mode(False):  # training may come later
-            self.forward = [torch.empty_like(weight) for weight in raw]
-            layouts = [parametrization.layout for parametrization in parametrizations]
-            formats = [MEMORY_FORMATS[name] for name in dict.fromkeys(array.dtype.name for array in arrays)]
-            self._groups = [_Group(memory, raw, self.forward, layouts, self._buffers, method) for memory in formats]
+        with torch.inference_mode(False), torch.enable_grad():  # training may come later
+            self.forward = [torch.empty_like(weight, requires_grad=False) for weight in raw]
+            outputs: tuple[torch.Tensor, ...] = AllForwardWeights.apply(self.forward, *raw)  # type: ignore[no-untyped-call]
+            self.in_graph = outputs
+        layouts = [parametrization.layout for parametrization in parametrizations]
+        formats = [MEMORY_FORMATS[name] for name in dict.fromkeys(array.dtype.name for array in arrays)]
+        self._groups = [_Group(memory, raw, self.forward, layouts, self._buffers, method) for memory in formats]
         # What has to stay as it is. Views keep the memory, so that it can't have become another tensor's.
         self._views = [tensor.detach() for tensor in self._current(raw)]
         self._addresses = [tensor.data_ptr() for tensor in self._views]
         self._kinds = [tensor.dtype for tensor in self._views]
+        self._owners = list(map(_owner, raw))
+        self._trained = list(map(_requires_grad, raw))
+        self._nodes = list(map(_node, self.in_graph))
 
     def _current(self, raw: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [*raw, *map(_buffer, self._buffers)]
@@ -75,8 +83,22 @@ class Plan:
         current = self._current(raw)
         return (  # by map, since this is asked at every step
             list(map(torch.Tensor.data_ptr, current)) == self._addresses
-            and all(map(torch.Tensor.is_set_to, self._views, current))
+            and all(map(torch.Tensor.is_set_to, raw, self._views))  # shapes and strides; thresholds have none
             and list(map(_dtype, current)) == self._kinds
+        )
+
+    def is_in_graph(self, raw: Sequence[torch.Tensor]) -> bool:
+        """Whether :attr:`in_graph` is what autograd's graph makes of these raw weights, and nothing more.
+
+        What somebody else has hung on an output, or done to it, must not live on in the next step.
+        """
+        outputs = self.in_graph
+        return (
+            list(map(_owner, raw)) == self._owners
+            and list(map(_requires_grad, raw)) == self._trained
+            and list(map(_node, outputs)) == self._nodes  # in-place operations would change them
+            and not any(map(_hooks, outputs))
+            and not any(map(_keeps_grad, outputs))
         )
 
     def find_thresholds(self, sparsity: float) -> NDArray[np.float64]:
@@ -89,11 +111,10 @@ class Plan:
             group.set_thresholds(thresholds)
 
     def compute_forward(self, raw: Sequence[torch.Tensor]) -> None:
-        """Write the forward weight of every raw weight into :attr:`forward`."""
-        source = [weight._version for weight in raw], [group.limits.tobytes() for group in self._groups]
+        """Write the forward weight of every raw weight into the memory of :attr:`forward` and :attr:`in_graph`."""
+        source = list(map(_version, raw)), [group.limits.tobytes() for group in self._groups]
         if source != self._computed:  # a graph that still needs the old ones must notice
-            for weight in self.forward:
-                torch.autograd.graph.increment_version(weight)
+            torch.autograd.graph.increment_version(self.in_graph)
             self._computed = source
         for group in self._groups:
             group.compute_forward()
@@ -125,8 +146,8 @@ class _Group:
 
     def set_thresholds(self, thresholds: NDArray[np.float64]) -> None:
         # As the core rounds: on the way to float16 PyTorch would round to float32 first.
-        rounded = round_thresholds(thresholds[self._members], self._memory)
-        self._thresholds.copy_(torch.from_numpy(rounded))
+        self.limits[:] = round_thresholds(thresholds[self._members], self._memory)
+        torch.autograd.graph.increment_version(self._thresholds)
 
     def compute_forward(self) -> None:
         self._operator(self.limits)

@@ -16,8 +16,19 @@ from st3_torch.counting import TensorCounter
 from st3_torch.layers import Rule, Site, channel_layout, find_kernels
 from st3_torch.memory import NUMPY_DTYPES, as_array
 from st3_torch.memory import on_cpu as _on_cpu
-from st3_torch.operator import AllForwardWeights
-from st3_torch.parametrization import Slot, SparseWeight, attach, clear_ready, detach, raw_parameter, set_ready, slot
+from st3_torch.parametrization import (
+    RawPlace,
+    Slot,
+    SparseWeight,
+    attach,
+    clear_ready,
+    detach,
+    raw_parameter,
+    raw_parameters,
+    raw_place,
+    set_ready,
+    slot,
+)
 from st3_torch.plan import Plan, can_plan
 from st3_torch.state import check_state
 from st3core import PolynomialSchedule
@@ -124,6 +135,8 @@ class Sparsifier:
         self._kernels = [_attach(name, sites, self.method) for name, sites in kernels.items()]
         self._plan: Plan | None = None
         self._slots: list[list[Slot]] | None = None
+        self._raw_places: list[RawPlace] | None = None
+        self._is_ready = False
         self._forecast = Forecast()
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, prepend=True),
@@ -268,10 +281,16 @@ class Sparsifier:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None, "_slots": None}  # addresses; a copy has others
+        # Addresses and dictionaries of modules; a copy has others.
+        return {**self.__dict__, "_plan": None, "_slots": None, "_raw_places": None}
 
     def _raw(self) -> list[torch.Tensor]:
-        return [kernel.raw for kernel in self._kernels]
+        if self._raw_places is None:
+            self._raw_places = [raw_place(kernel.sites[0]) for kernel in self._kernels]
+        try:
+            return raw_parameters(self._raw_places)
+        except KeyError:
+            return [kernel.raw for kernel in self._kernels]
 
     def _find_thresholds(self, raw: Sequence[torch.Tensor], sparsity: float, plan: Plan | None) -> NDArray[np.float64]:
         if plan is not None:
@@ -305,26 +324,26 @@ class Sparsifier:
             return
         raw = self._raw()
         plan = self._fitting_plan(raw)
+        in_graph = torch.is_grad_enabled()
+        if plan is not None and in_graph and not plan.is_in_graph(raw):
+            self._plan = None
+            plan = self._fitting_plan(raw)
         if plan is None:
             return
         plan.compute_forward(raw)
-        ready: Sequence[torch.Tensor] = plan.forward
-        if torch.is_grad_enabled():
-            ready = AllForwardWeights.apply(plan.forward, *raw)  # type: ignore[no-untyped-call]
         if self._slots is None:
             self._slots = [[slot(site) for site in kernel.sites] for kernel in self._kernels]
-        for places, weight in zip(self._slots, ready, strict=True):
-            for place in places:
-                set_ready(place, weight)
+        self._is_ready = True
+        set_ready(self._slots, plan.in_graph if in_graph else plan.forward)
 
     def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._clear_ready()
 
     def _clear_ready(self) -> None:
-        for places in self._slots or ():
-            for place in places:
-                clear_ready(place)
+        if self._is_ready and self._slots is not None:
+            clear_ready(self._slots)
+        self._is_ready = False
 
     def _require_open(self, member: str) -> None:
         if self._finalized:

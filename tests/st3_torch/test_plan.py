@@ -169,6 +169,104 @@ def test_the_shortcut_is_taken_and_ends_with_the_forward_pass():
     assert model[6].weight.grad_fn.name() != "AllForwardWeightsBackward"
 
 
+def forward_weight_of(model, images, act=None):
+    """The weight that the last layer uses in a forward pass, after ``act`` has been let loose on it; and a loss."""
+    seen = []
+
+    def look(module, inputs):
+        seen.append(module.weight)
+        if act is not None:
+            act(module.weight)
+
+    hook = model[6].register_forward_pre_hook(look)
+    loss = model(images).square().sum()
+    hook.remove()
+    return seen[0], loss
+
+
+def test_gradients_are_not_copied_on_their_way():
+    """The memory that a layer's gradient comes in is the memory of ``.grad``."""
+    model, _ = sparse_net()
+    came = []
+
+    def watch(weight):
+        weight.register_hook(lambda grad: came.append(grad.data_ptr()))
+
+    forward_weight_of(model, batch()[0], watch)[1].backward()
+    assert came == [model[6].parametrizations.weight.original.grad.data_ptr()]
+
+
+def test_every_step_uses_the_same_node():
+    model, sp = sparse_net()
+    first, loss = forward_weight_of(model, batch()[0])
+    loss.backward()
+    sp.step()
+    second, loss = forward_weight_of(model, batch(2)[0])
+    assert first is second
+    before = grads(model)
+    loss.backward()
+    assert not equal(before, grads(model))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [lambda weight: weight.register_hook(lambda grad: grad * 0), lambda weight: weight.retain_grad()],
+    ids=["hook", "retained gradient"],
+)
+def test_what_is_hung_on_a_forward_weight_ends_with_the_step(act):
+    model, _ = sparse_net()
+    model.eval()
+    images = batch()[0]
+    model(images).square().sum().backward()
+    expected = grads(model)
+    forward_weight_of(model, images, act)[1].backward()
+    model.zero_grad()
+    weight, loss = forward_weight_of(model, images)
+    loss.backward()
+    assert equal(grads(model), expected)
+    assert not weight.retains_grad
+
+
+def test_a_forward_weight_changed_in_place_is_made_anew():
+    model, _ = sparse_net()
+    model.eval()
+    images = batch()[0]
+    expected, _ = forward_weight_of(model, images)
+    expected = expected.detach().clone()
+    forward_weight_of(model, images, lambda weight: weight.mul_(2))
+    model.zero_grad()
+    weight, _ = forward_weight_of(model, images)
+    assert torch.equal(weight, expected)
+    assert weight.grad_fn.name() == "AllForwardWeightsBackward"
+
+
+def test_weights_that_are_frozen_for_a_while():
+    model = small_net()
+    raw = model[6].weight.requires_grad_(False)
+    Sparsifier(model, ramp(0.8, end=0))
+    for trained in (False, True, False):
+        raw.requires_grad_(trained)
+        model.zero_grad()
+        model(batch()[0]).sum().backward()
+        assert (raw.grad is not None) == trained
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_parameters_that_are_swapped_when_they_are_converted(dtype):
+    model, sp = sparse_net()
+    model(batch()[0]).sum().backward()
+    model.zero_grad()
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(dtype)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    model(batch()[0].to(dtype)).sum().backward()
+    sp.step()
+    assert model[6].parametrizations.weight.original.grad.dtype == dtype
+
+
 def test_an_exception_in_the_forward_pass_ends_it_too():
     model, _ = sparse_net()
     with pytest.raises(RuntimeError):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from st3core import Method, backward, get_method, operators, reference, sparsify, threads
+from st3core import Method, backward, get_method, kernels, operators, reference, sparsify, threads
 from tests.strategies import DTYPES, layouts, thresholds_for, weights
 from tests.tolerances import RESCALE_ULP, RESCALE_ULP_FLOAT64, ulp_distance
 
@@ -280,3 +280,19 @@ def test_streamed_lines_and_their_edges(dtype, method, offset, monkeypatch):
     assert out.tobytes() == sparsify(weight, 0.5, method).tobytes()
     assert (room[:offset] == 7).all()
     assert (room[offset + weight.size :] == 7).all()
+
+
+@pytest.mark.parametrize("method", ["st3", "hard_ste"])
+@pytest.mark.parametrize("size", [1, 7, 50, 256, 257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparsify_gives_a_channel_the_same_bits_in_any_company(dtype, size, method):
+    """Short channels are written several at a time."""
+    count = 2 * kernels.BLOCK // size + 3
+    weight = np.random.default_rng(0).standard_normal((count, size)).astype(np.float32).astype(dtype)
+    chosen = dataclasses.replace(get_method(method), rescale="channel")
+    together = sparsify(weight, 0.5, chosen)
+    copied = weight.copy()
+    assert sparsify(copied, 0.5, chosen, out=copied).tobytes() == together.tobytes()
+    for channel in {0, 1, kernels.BLOCK // size - 1, kernels.BLOCK // size, count // 2, count - 1}:
+        alone = sparsify(weight[channel : channel + 1], 0.5, chosen)
+        assert together[channel : channel + 1].tobytes() == alone.tobytes()
