@@ -60,9 +60,9 @@ class _Kernel:
 class Sparsifier:
     """Trains a model sparse: the model sees thresholded weights, the optimizer trains the raw ones.
 
-    Every linear and convolution kernel gets a parametrization (:mod:`torch.nn.utils.parametrize`).
-    Parameters stay the same objects, so the optimizer may be built before or after. One threshold for
-    all kernels, found anew after each optimizer step, follows the schedule.
+    Every linear and convolution kernel, those of attention and recurrent layers too, gets a parametrization
+    (:mod:`torch.nn.utils.parametrize`). Parameters stay the same objects, so the optimizer may be built before or
+    after. One threshold for all kernels, found anew after each optimizer step, follows the schedule.
 
     Args:
         model: any module, on any device; changed in place.
