@@ -1,6 +1,7 @@
 """What became of each layer: a table, a dictionary, a plot."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -49,11 +50,13 @@ class Report:
         method: name of the method.
         target_sparsity: share of zeros that the schedule asked for.
         layers: one entry a tensor.
+        skipped: why each other tensor of two dimensions or more stays dense, by its name.
     """
 
     method: str
     target_sparsity: float
     layers: tuple[LayerReport, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -89,10 +92,11 @@ class Report:
             "target_sparsity": self.target_sparsity,
             **_figures(self),
             "layers": [{"name": x.name, "shape": list(x.shape), **_figures(x)} for x in self.layers],
+            "skipped": dict(self.skipped),
         }
 
     def __str__(self) -> str:
-        """Table with a row a tensor and a total."""
+        """Table with a row a tensor and a total, and a line for each that was skipped."""
         console_module, table_module = _rich()
         table = table_module.Table(title=f"{self.method}: target sparsity {self.target_sparsity:.4g}")
         table.add_column("tensor")
@@ -108,7 +112,8 @@ class Report:
         console = console_module.Console(width=120)
         with console.capture() as capture:
             console.print(table)
-        return str(capture.get()).rstrip()
+        lines = [str(capture.get()).rstrip(), *(f"skipped {name}: {why}" for name, why in self.skipped.items())]
+        return "\n".join(lines)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Save a bar chart of every tensor's sparsity.

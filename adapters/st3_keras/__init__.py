@@ -12,9 +12,9 @@ if _keras.backend.backend() not in ("tensorflow", "jax", "torch"):  # pragma: no
     )
 
 from st3_keras import ops
-from st3_keras.report import Report
 from st3_keras.sparsifier import Sparsifier
 from st3core import PolynomialSchedule, threads
+from st3core.report import Report
 
 if _keras.backend.backend() == "torch":
     import torch as _torch

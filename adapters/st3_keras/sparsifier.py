@@ -16,12 +16,11 @@ from st3_keras.layers import Kernel, Rule, find_kernels
 from st3_keras.macs import multiply_adds
 from st3_keras.optimizer import SparseOptimizer
 from st3_keras.plan import Plan, kernel_config
-from st3_keras.report import Report
 from st3_keras.state import check_state
 from st3core import PolynomialSchedule
 from st3core._state import schedule_state
 from st3core.method import Method, get_method
-from st3core.report import LayerReport
+from st3core.report import LayerReport, Report
 
 
 class Sparsifier(keras.callbacks.Callback):

@@ -1,17 +1,20 @@
 """Which tensors of a model are sparsified, and where their output channels are."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from st3_torch.memory import NUMPY_DTYPES
 
 Rule = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A layer's or parameter's name or glob pattern, a module type, or ``predicate(name, module)``."""
 
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -38,84 +41,165 @@ class ChannelLayout:
         return (self.axis,) if self.groups == 1 else (0, self.axis + 1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Site:
     """One place where a module holds a tensor."""
 
     module: nn.Module
     tensor_name: str
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The parameter there, before it is parametrized."""
+        return cast(torch.Tensor, self.module._parameters[self.tensor_name])
 
-def channel_layout(module: nn.Module) -> ChannelLayout | None:
-    """Layout of ``module.weight``, or None where it is not the weight of a linear or convolution layer.
 
-    The weight of a transposed convolution has shape ``(in, out / groups, *kernel)``: its output
-    channels are numbered by the group, which cuts axis 0, and by axis 1.
+class Selection(NamedTuple):
+    """Which tensors of a model are sparsified.
+
+    Args:
+        kernels: by name, each with every site that shares it.
+        skipped: why each other tensor of two dimensions or more stays dense, by its name.
+    """
+
+    kernels: dict[str, list[Site]]
+    skipped: dict[str, str]
+
+
+def kernel_layouts(module: nn.Module) -> dict[str, ChannelLayout]:
+    """The module's own kernels by name, and where their output channels are; embeddings too.
+
+    - The weight of a transposed convolution has shape ``(in, out / groups, *kernel)``: its output channels are
+      numbered by the group, which cuts axis 0, and by axis 1.
+    - Attention and recurrent layers hold several kernels of shape ``(out, in)``, some of them stacked along axis 0.
+    - An embedding has shape ``(words, out)``.
     """
     if isinstance(module, _CONV_TRANSPOSE):
-        return ChannelLayout(groups=module.groups, axis=1)
+        return {"weight": ChannelLayout(groups=module.groups, axis=1)}
+    if isinstance(module, _EMBEDDINGS):
+        return {"weight": ChannelLayout(axis=1)}
     if isinstance(module, (nn.Linear, *_CONV)):
-        return ChannelLayout()
-    return None
+        return {"weight": ChannelLayout()}
+    return {name: ChannelLayout() for name in _stacked_kernels(module)}
+
+
+def _stacked_kernels(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.MultiheadAttention):
+        return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    if isinstance(module, nn.RNNBase):
+        return [name for names in module._all_weights for name in names if name.startswith("weight")]
+    return ["weight_ih", "weight_hh"] if isinstance(module, nn.RNNCellBase) else []
 
 
 def find_kernels(
     model: nn.Module, include: Sequence[Rule] | Rule | None, exclude: Sequence[Rule] | Rule | None
-) -> dict[str, list[Site]]:
-    """Kernels to sparsify by name, each with every site that shares it.
+) -> Selection:
+    """Kernels to sparsify, and why the others are not.
 
     Raises:
         TypeError: a rule is of an unknown kind.
         ValueError: a name or pattern matches nothing, or nothing is left.
     """
+    included, excluded = _as_rules(include, "include"), _as_rules(exclude, "exclude")
+    sites = _named_sites(model)
+    skipped = _never_chosen(model, sites)
+    candidates = {name: site for name, site in sites.items() if name not in skipped}
+    _check_names(candidates, included, "include")
+    _check_names(candidates, excluded, "exclude")
     kernels: dict[str, list[Site]] = {}
     names: dict[int, str] = {}
-    candidates = list(_candidates(model))
-    included, excluded = _as_rules(include, "include"), _as_rules(exclude, "exclude")
-    for argument, rules in (("include", included), ("exclude", excluded)):
-        for rule in rules:
-            if isinstance(rule, str) and not any(_matches(rule, *candidate) for candidate in candidates):
-                known = ", ".join(name for name, _ in candidates) or "none"
-                raise ValueError(
-                    f"Sparsifier: {argument} has {rule!r}, which matches no kernel of the model ({known}); "
-                    "what does not train, is parametrized otherwise or tied to an embedding does not count"
-                )
-    for name, module in candidates:
-        wanted = include is None or any(_matches(rule, name, module) for rule in included)
-        chosen = wanted and not any(_matches(rule, name, module) for rule in excluded)
-        first = names.setdefault(id(module.weight), name)
-        if first != name and chosen != (first in kernels):
+    for name, site in candidates.items():
+        reason = _reason_to_skip(name, site, None if include is None else included, excluded)
+        first = names.setdefault(id(site.tensor), name)
+        if first != name and (reason is None) != (first in kernels):
             raise ValueError(
                 f"Sparsifier: include and exclude must treat {first} and {name} alike, because they are one tensor, "
                 f"got include={include!r}, exclude={exclude!r}"
             )
-        if chosen:
-            _check_dtype(name, module.weight)
-            kernels.setdefault(first, []).append(Site(module, "weight"))
+        if reason is None:
+            _check_dtype(name, site.tensor)
+            kernels.setdefault(first, []).append(site)
+        else:
+            skipped[name] = reason
     if not kernels:
         raise ValueError(
             "Sparsifier: model has no linear or convolution kernel that include and exclude leave, "
             f"got {type(model).__name__}, include={include!r}, exclude={exclude!r}"
         )
-    return kernels
+    return Selection(kernels, {name: skipped[name] for name in sites if name in skipped})
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of the kernels; those tied to a tensor that stays dense, such as an embedding, stay dense."""
-    elsewhere = {
-        id(parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if channel_layout(module) is None or name != "weight"
-    }
+def _named_sites(model: nn.Module) -> dict[str, Site]:
+    """Every parameter of two dimensions or more, and every kernel that has no shape yet, at each place that uses it."""
+    found = {}
     for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if channel_layout(module) is None or weight is None or id(weight) in elsewhere:
-            continue
-        if isinstance(weight, nn.UninitializedParameter):
-            raise ValueError(f"Sparsifier: {path}.weight has no shape yet; run the model once before you sparsify it")
-        if weight.requires_grad:
-            yield f"{path}.weight".removeprefix("."), module
+        for name, parameter in module._parameters.items():
+            lazy = isinstance(parameter, nn.UninitializedParameter) and name in kernel_layouts(module)
+            if parameter is not None and (lazy or (not _is_lazy(parameter) and parameter.ndim > 1)):
+                found[f"{path}.{name}".removeprefix(".")] = Site(module, name)
+    return found
+
+
+def _is_lazy(parameter: torch.Tensor) -> bool:
+    return isinstance(parameter, nn.UninitializedParameter)
+
+
+def _never_chosen(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str]:
+    """Why no rule can choose these tensors.
+
+    Raises:
+        ValueError: a kernel has no shape yet.
+    """
+    reasons = {}
+    homes: dict[int, list[str]] = {}
+    for name, site in sites.items():
+        homes.setdefault(id(site.tensor), []).append(name)
+        if _is_lazy(site.tensor):
+            raise ValueError(f"Sparsifier: {name} has no shape yet; run the model once before you sparsify it")
+    dense = {name for name, site in sites.items() if site.tensor_name not in kernel_layouts(site.module)}
+    for name, site in sites.items():
+        others = [other for other in homes[id(site.tensor)] if other != name]
+        tied = [other for other in others if other in dense or _is_embedding(sites[other]) or _is_embedding(site)]
+        if isinstance(site.module, parametrize.ParametrizationList):
+            reasons[name] = "is parametrized otherwise"
+        elif not site.tensor.requires_grad:
+            reasons[name] = "does not train"
+        elif name in dense:
+            reasons[name] = "is no kernel of a linear, convolution, attention or recurrent layer"
+        elif tied:
+            reasons[name] = f"is one tensor with {tied[0]}, which stays dense"
+    return reasons
+
+
+def _is_embedding(site: Site) -> bool:
+    return isinstance(site.module, _EMBEDDINGS)
+
+
+def _reason_to_skip(name: str, site: Site, included: Sequence[Rule] | None, excluded: Sequence[Rule]) -> str | None:
+    """Why the rules leave this kernel dense, or None."""
+    if any(_matches(rule, name, site.module) for rule in excluded):
+        return "is excluded"
+    if _is_embedding(site):
+        return None if any(_asks_for(rule, name, site.module) for rule in included or ()) else "is an embedding"
+    is_wanted = included is None or any(_matches(rule, name, site.module) for rule in included)
+    return None if is_wanted else "is not included"
+
+
+def _asks_for(rule: Rule, name: str, module: nn.Module) -> bool:
+    """Whether a rule means this embedding: by its name, its type or a predicate, not by a pattern that fits others."""
+    if isinstance(rule, str):
+        return rule in (name, name.rpartition(".")[0])
+    return _matches(rule, name, module) and (not isinstance(rule, type) or issubclass(rule, _EMBEDDINGS))
+
+
+def _check_names(candidates: Mapping[str, Site], rules: Sequence[Rule], argument: str) -> None:
+    for rule in rules:
+        if isinstance(rule, str) and not any(_matches(rule, name, site.module) for name, site in candidates.items()):
+            known = ", ".join(candidates) or "none"
+            raise ValueError(
+                f"Sparsifier: {argument} has {rule!r}, which matches no kernel of the model ({known}); "
+                "what does not train, is parametrized otherwise or tied to an embedding does not count"
+            )
 
 
 def _check_dtype(name: str, weight: object) -> None:

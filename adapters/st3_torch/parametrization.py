@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from st3_torch.layers import ChannelLayout, Site
 from st3_torch.operator import forward_weight
+from st3_torch.recurrent import follow_parametrizations, leave_parametrizations
 from st3core.method import Method
 
 
@@ -95,6 +96,8 @@ def detach(site: Site, order: list[str]) -> None:
             parameters[name] = parameters.pop(name)
     if parametrize.is_parametrized(site.module):
         _make_plain(site.module)
+    if not _is_ours(site.module):
+        leave_parametrizations(site.module)
 
 
 # PyTorch gives a parametrized module a class of its own, which pickle cannot find and which copies
@@ -107,6 +110,7 @@ def _make_copyable(module: nn.Module) -> None:
         injected._plain_deepcopy = injected.__deepcopy__
         injected.__reduce_ex__ = _reduce
         injected.__deepcopy__ = _deepcopy
+        follow_parametrizations(module)
     for name in _our_tensors(module):
         setattr(injected, name, _with_shortcut(name, vars(injected)[name]))
 
@@ -117,6 +121,10 @@ def _make_plain(module: nn.Module) -> None:
     if "_plain_deepcopy" in vars(injected) and not _our_tensors(module):
         injected.__deepcopy__ = injected._plain_deepcopy
         del injected._plain_deepcopy, injected.__reduce_ex__
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) and bool(_our_tensors(module))
 
 
 def _our_tensors(module: nn.Module) -> list[str]:
@@ -174,7 +182,8 @@ def clear_ready(places: Sequence[Sequence[Slot]]) -> None:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    attributes = {**module.__dict__, "_modules": dict(module._modules)}
+    plain: Any = parametrize.type_before_parametrizations(module)
+    attributes = {**plain.__getstate__(module), "_modules": dict(module._modules)}
     lists = attributes["_modules"].pop("parametrizations")
     for name in lists:
         attributes.pop(_key(name), None)

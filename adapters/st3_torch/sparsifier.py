@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils.flop_counter import FlopCounterMode
 
 from st3_torch.counting import TensorCounter
-from st3_torch.layers import Rule, Site, channel_layout, find_kernels
+from st3_torch.layers import Rule, Site, find_kernels, kernel_layouts
+from st3_torch.macs import multiply_adds
 from st3_torch.memory import NUMPY_DTYPES, as_array
 from st3_torch.memory import on_cpu as _on_cpu
 from st3_torch.parametrization import (
@@ -71,9 +71,9 @@ class _Kernel:
 class Sparsifier:
     """Trains a model sparse: the model sees thresholded weights, the optimizer trains the raw ones.
 
-    Every linear and convolution kernel gets a parametrization (:mod:`torch.nn.utils.parametrize`).
-    Parameters stay the same objects, so the optimizer may be built before or after. One threshold for
-    all kernels, found anew after each optimizer step, follows the schedule.
+    Every linear and convolution kernel, those of attention and recurrent layers too, gets a parametrization
+    (:mod:`torch.nn.utils.parametrize`). Parameters stay the same objects, so the optimizer may be built before or
+    after. One threshold for all kernels, found anew after each optimizer step, follows the schedule.
 
     Args:
         model: any module, on any device; changed in place.
@@ -126,13 +126,15 @@ class Sparsifier:
                 "use its Sparsifier, or finalize it first"
             )
         self.model, self.schedule, self.method = model, schedule, get_method(method)
-        kernels = find_kernels(model, include, exclude)
+        kernels, self._skipped = find_kernels(model, include, exclude)
         weights = {name: _weight(sites[0]) for name, sites in kernels.items()}
         first = _find_thresholds(weights, schedule(0), self.method)
         self._step = 0
         self._frozen = self._finalized = False
         self._applied_sparsity = self.schedule(0)
-        self._kernels = [_attach(name, sites, self.method) for name, sites in kernels.items()]
+        orders = [[list(site.module._parameters) for site in sites] for sites in kernels.values()]
+        parts = zip(kernels.items(), orders, strict=True)  # orders from before any of them is attached
+        self._kernels = [_attach(name, sites, order, self.method) for (name, sites), order in parts]
         self._plan: Plan | None = None
         self._slots: list[list[Slot]] | None = None
         self._raw_places: list[RawPlace] | None = None
@@ -190,13 +192,13 @@ class Sparsifier:
         Returns:
             A report that prints as a table.
         """
-        macs = _multiply_adds(self.model, inputs) if inputs else {}
+        macs = multiply_adds(self.model, inputs) if inputs else {}
         layers = []
         for kernel in self._kernels:
-            counts = [macs.get(id(site.module)) for site in kernel.sites]
+            counts = [macs.get((id(site.module), site.tensor_name)) for site in kernel.sites]
             dense = None if None in counts else sum(count for count in counts if count is not None)
             layers.append(LayerReport(kernel.name, tuple(kernel.raw.shape), kernel.zeros(), dense))
-        return Report(self.method.name, self.target_sparsity, tuple(layers))
+        return Report(self.method.name, self.target_sparsity, tuple(layers), self._skipped)
 
     def freeze(self) -> None:
         """Make the sparse weights the weights: zeros stay zero, the others train on without threshold.
@@ -351,11 +353,9 @@ class Sparsifier:
         self._clear_ready()  # an interrupted forward pass may have left them
 
 
-def _attach(name: str, sites: list[Site], method: Method) -> _Kernel:
-    layout = channel_layout(sites[0].module)
-    assert layout is not None  # find_kernels returns such modules only
+def _attach(name: str, sites: list[Site], orders: list[list[str]], method: Method) -> _Kernel:
+    layout = kernel_layouts(sites[0].module)[sites[0].tensor_name]
     parametrization = SparseWeight(_weight(sites[0]), method, layout)
-    orders = [list(site.module._parameters) for site in sites]
     for site in sites:
         attach(site, parametrization)
     return _Kernel(name, sites, orders, parametrization)
@@ -373,23 +373,3 @@ def _find_thresholds(weights: Mapping[str, torch.Tensor], sparsity: float, metho
     dtypes = [NUMPY_DTYPES[tensor.dtype] for tensor in tensors]
     units = tensor_units([tensor.shape for tensor in tensors], dtypes, method)
     return count_thresholds(TensorCounter(tensors, units, names), sparsity, units, dtypes)
-
-
-def _multiply_adds(model: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[int, int]:
-    """Multiply-adds of every module by its id."""
-    counter = FlopCounterMode(display=False)
-    training = {module: module.training for module in model.modules()}
-    shortcut = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)  # its operations are not counted
-    try:
-        with torch.inference_mode(False), torch.no_grad(), counter:
-            model(*inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(shortcut)
-        for module, mode in training.items():
-            module.training = mode
-    root = type(model).__name__
-    counts = counter.get_flop_counts()
-    paths = {f"{root}.{path}" if path else root: module for path, module in model.named_modules()}
-    return {id(module): sum(counts[path].values()) // 2 for path, module in paths.items() if path in counts}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import st3core
 from st3_torch.counting import TensorCounter
-from st3_torch.layers import ChannelLayout, channel_layout
+from st3_torch.layers import ChannelLayout, kernel_layouts
 from st3_torch.memory import NUMPY_DTYPES, as_array
 from st3_torch.operator import forward_weight, forward_with_torch
 from st3core import Method
@@ -127,7 +127,7 @@ def test_every_layer_has_its_channels(name):
     inputs = torch.randn(1, getattr(module, "in_channels", 6), *[4] * spatial)
     outputs = module(inputs)
     channels = outputs.shape[1]
-    layout = channel_layout(module)
+    layout = kernel_layouts(module)["weight"]
     view = layout.grouped(torch.arange(module.weight.numel()).reshape(module.weight.shape))
     numbered = view.movedim(layout.channel_axes, tuple(range(len(layout.channel_axes))))
     rows = numbered.reshape(channels, -1)

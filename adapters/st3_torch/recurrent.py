@@ -1,0 +1,39 @@
+"""Recurrent layers keep a list of their weights; while these are parametrized, it must be of forward weights."""
+
+from typing import Any
+
+from torch import nn
+
+_OURS = ("_flat_weights", "_update_flat_weights")
+
+
+def follow_parametrizations(module: nn.Module) -> None:
+    """Let a recurrent layer look its weights up at each use. Its class is the one that PyTorch made for it alone."""
+    if not isinstance(module, nn.RNNBase):
+        return
+    injected: Any = type(module)
+    injected._flat_weights = property(_look_up, _ignore)
+    injected._update_flat_weights = _keep
+
+
+def leave_parametrizations(module: nn.Module) -> None:
+    """Undo :func:`follow_parametrizations`, once the module has its own class or other parametrizations again."""
+    if not isinstance(module, nn.RNNBase):
+        return
+    injected: Any = type(module)
+    for name in _OURS:
+        if name in vars(injected) and injected.__module__ != nn.RNNBase.__module__:
+            delattr(injected, name)
+    module._init_flat_weights()
+
+
+def _look_up(self: nn.RNNBase) -> list[Any]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _ignore(self: nn.RNNBase, value: object) -> None:
+    """What PyTorch would store is looked up instead."""
+
+
+def _keep(self: nn.RNNBase) -> None:
+    """Nothing is stored, so nothing can be out of date."""
