@@ -26,6 +26,7 @@ from tests.conformance.broken import BROKEN
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/conformance.json"
 PAGE = ROOT / "docs/conformance.md"
+PARTS = ("backends", "broken")
 
 
 class Run(NamedTuple):
@@ -105,7 +106,7 @@ def property_grid() -> Grid:
 def page(text: str, figures: dict[str, Any]) -> str:
     """The page with the tables of these figures between its marks."""
     setting = figures["setting"]
-    scale = f"{len(figures['broken'])} backends, {setting['broken_max_examples']} cases a property"
+    scale = f"{len(figures['broken'])} backends, {figures['broken_max_examples']} cases a property"
     tables = {
         "properties": property_grid().markdown(),
         "backends": f"{machine.name(setting)}; {machine.versions(setting)}:\n\n{backend_grid(figures).markdown()}",
@@ -122,22 +123,30 @@ def page(text: str, figures: dict[str, Any]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Options from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--broken-max-examples", type=int, default=200, help="cases a property for broken backends")
-    parser.add_argument("--page-only", action="store_true", help="make the page anew from the results that are there")
+    parser.add_argument("--broken-max-examples", type=int, default=50, help="cases a property for broken backends")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to run; none: write the page")
     options = parser.parse_args()
     require_one(parser, options, ("broken_max_examples",))
     return options
 
 
+def save(figures: dict[str, Any]) -> None:
+    """Write the results."""
+    RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run, save, and write the page."""
     options = parse_arguments()
-    if not options.page_only:
-        setting = {**machine.describe(), "broken_max_examples": options.broken_max_examples}
-        backends = [run(chosen) for chosen in track(RUNS, "Backends", console=Console(stderr=True))]
-        figures = {"setting": setting, "backends": backends, "broken": catches(options.broken_max_examples)}
-        RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    figures = json.loads(RESULTS.read_text(encoding="utf-8"))
+    figures = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if "backends" in options.only:
+        figures["setting"] = machine.describe()
+        figures["backends"] = [run(chosen) for chosen in track(RUNS, "Backends", console=Console(stderr=True))]
+        save(figures)
+    if "broken" in options.only:
+        figures["broken_max_examples"] = options.broken_max_examples
+        figures["broken"] = catches(options.broken_max_examples)
+        save(figures)
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), figures), encoding="utf-8")
     backend_grid(figures).print(Console(width=140))
 
