@@ -124,7 +124,8 @@ def find_kernels(
     if not kernels:
         raise ValueError(
             "Sparsifier: model has no linear or convolution kernel that include and exclude leave, "
-            f"got {type(model).__name__}, include={include!r}, exclude={exclude!r}"
+            f"got {type(model).__name__}, include={include!r}, exclude={exclude!r}; "
+            "an embedding must be asked for by its name or its type"
         )
     return Selection(kernels, {name: skipped[name] for name in sites if name in skipped})
 
@@ -134,8 +135,9 @@ def _named_sites(model: nn.Module) -> dict[str, Site]:
     found = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            lazy = isinstance(parameter, nn.UninitializedParameter) and name in kernel_layouts(module)
-            if parameter is not None and (lazy or (not _is_lazy(parameter) and parameter.ndim > 1)):
+            if parameter is None:
+                continue
+            if name in kernel_layouts(module) if _is_lazy(parameter) else parameter.ndim > 1:
                 found[f"{path}.{name}".removeprefix(".")] = Site(module, name)
     return found
 
@@ -167,7 +169,7 @@ def _never_chosen(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str]
         elif name in dense:
             reasons[name] = "is no kernel of a linear, convolution, attention or recurrent layer"
         elif tied:
-            reasons[name] = f"is one tensor with {tied[0]}, which stays dense"
+            reasons[name] = f"is tied to {tied[0]}, which uses it in another way"
     return reasons
 
 
@@ -186,10 +188,10 @@ def _reason_to_skip(name: str, site: Site, included: Sequence[Rule] | None, excl
 
 
 def _asks_for(rule: Rule, name: str, module: nn.Module) -> bool:
-    """Whether a rule means this embedding: by its name, its type or a predicate, not by a pattern that fits others."""
+    """Whether a rule means this embedding: by its name or its type, not by what fits other layers too."""
     if isinstance(rule, str):
         return rule in (name, name.rpartition(".")[0])
-    return _matches(rule, name, module) and (not isinstance(rule, type) or issubclass(rule, _EMBEDDINGS))
+    return isinstance(rule, type) and issubclass(rule, _EMBEDDINGS) and isinstance(module, rule)
 
 
 def _check_names(candidates: Mapping[str, Site], rules: Sequence[Rule], argument: str) -> None:

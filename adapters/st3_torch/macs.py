@@ -15,7 +15,7 @@ Counts = dict[tuple[int, str], int]
 """Multiply-adds by the id of a module and the name of its kernel."""
 
 
-def multiply_adds(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Counts:
+def multiply_adds(model: nn.Module, inputs: Sequence[Any]) -> Counts:
     """Multiply-adds of every kernel that ``model(*inputs)`` uses, in evaluation mode and without gradients.
 
     Layers with one kernel are counted by :class:`torch.utils.flop_counter.FlopCounterMode`. Attention and recurrent

@@ -22,6 +22,10 @@ _owner, _requires_grad, _node = attrgetter("_cdata"), attrgetter("requires_grad"
 _hooks, _keeps_grad = attrgetter("_backward_hooks"), attrgetter("retains_grad")
 
 
+def _has_hooks(weight: torch.Tensor) -> bool:
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
+
+
 def can_plan(raw: Sequence[torch.Tensor], layouts: Sequence[ChannelLayout]) -> bool:
     """Whether compiled code can walk the memory of all the weights."""
     plain = all(type(w) in (torch.Tensor, torch.nn.Parameter) and on_cpu(w) and w.numel() > 0 for w in raw)
@@ -62,7 +66,10 @@ class Plan:
         self._computed: object = None
         with torch.inference_mode(False), torch.enable_grad():  # training may come later
             self.forward = [torch.empty_like(weight, requires_grad=False) for weight in raw]
-            outputs: tuple[torch.Tensor, ...] = AllForwardWeights.apply(self.forward, *raw)  # type: ignore[no-untyped-call]
+            # The common node hands a missing gradient on too, and hooks of parameters must not see it.
+            self.hooked = list(map(_has_hooks, raw))
+            inputs = [weight.detach() if own else weight for weight, own in zip(raw, self.hooked, strict=True)]
+            outputs: tuple[torch.Tensor, ...] = AllForwardWeights.apply(self.forward, *inputs)  # type: ignore[no-untyped-call]
             self.in_graph = outputs
         layouts = [parametrization.layout for parametrization in parametrizations]
         formats = [MEMORY_FORMATS[name] for name in dict.fromkeys(array.dtype.name for array in arrays)]
@@ -96,6 +103,7 @@ class Plan:
         return (
             list(map(_owner, raw)) == self._owners
             and list(map(_requires_grad, raw)) == self._trained
+            and list(map(_has_hooks, raw)) == self.hooked
             and list(map(_node, outputs)) == self._nodes  # in-place operations would change them
             and not any(map(_hooks, outputs))
             and not any(map(_keeps_grad, outputs))

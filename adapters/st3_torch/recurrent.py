@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-_OURS = ("_flat_weights", "_update_flat_weights")
+_KEPT = ("_update_flat_weights", "_init_flat_weights", "flatten_parameters")
+"""What would store forward weights: nothing is stored, so nothing can be out of date."""
 
 
 def follow_parametrizations(module: nn.Module) -> None:
@@ -13,7 +14,9 @@ def follow_parametrizations(module: nn.Module) -> None:
         return
     injected: Any = type(module)
     injected._flat_weights = property(_look_up, _ignore)
-    injected._update_flat_weights = _keep
+    for name in _KEPT:
+        setattr(injected, name, _do_nothing)
+    module.__dict__.pop("_flat_weights", None)
 
 
 def leave_parametrizations(module: nn.Module) -> None:
@@ -21,8 +24,8 @@ def leave_parametrizations(module: nn.Module) -> None:
     if not isinstance(module, nn.RNNBase):
         return
     injected: Any = type(module)
-    for name in _OURS:
-        if name in vars(injected) and injected.__module__ != nn.RNNBase.__module__:
+    for name in ("_flat_weights", *_KEPT):
+        if getattr(vars(injected).get(name), "fget", vars(injected).get(name)) in (_look_up, _do_nothing):
             delattr(injected, name)
     module._init_flat_weights()
 
@@ -35,5 +38,5 @@ def _ignore(self: nn.RNNBase, value: object) -> None:
     """What PyTorch would store is looked up instead."""
 
 
-def _keep(self: nn.RNNBase) -> None:
-    """Nothing is stored, so nothing can be out of date."""
+def _do_nothing(self: nn.RNNBase) -> None:
+    pass

@@ -183,7 +183,7 @@ class Sparsifier:
         zeros = sum(kernel.zeros() for kernel in self._kernels)
         return zeros / sum(kernel.raw.numel() for kernel in self._kernels)
 
-    def report(self, *inputs: torch.Tensor) -> Report:
+    def report(self, *inputs: Any) -> Report:
         """Zeros per layer; multiply-adds too if an example of the model's inputs is given.
 
         Args:
@@ -337,6 +337,8 @@ class Sparsifier:
             self._slots = [[slot(site) for site in kernel.sites] for kernel in self._kernels]
         self._is_ready = True
         set_ready(self._slots, plan.in_graph if in_graph else plan.forward)
+        if in_graph and any(plan.hooked):
+            clear_ready([slots for slots, hooked in zip(self._slots, plan.hooked, strict=True) if hooked])
 
     def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():

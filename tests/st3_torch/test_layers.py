@@ -200,8 +200,8 @@ def language_model():
 
 @pytest.mark.parametrize(
     "include",
-    [["0"], ["0.weight", "1"], [nn.Embedding, nn.Linear], [lambda name, module: isinstance(module, nn.Embedding)]],
-    ids=["layer", "name", "type", "predicate"],
+    [["0"], ["0.weight", "1"], [nn.Embedding, nn.Linear]],
+    ids=["layer", "name", "type"],
 )
 def test_embeddings_on_request(include):
     model = language_model()
@@ -212,7 +212,11 @@ def test_embeddings_on_request(include):
     assert torch.equal(model[0](torch.arange(10)), torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize("include", [None, "*", [nn.Module], ["[0-9].*"]], ids=["all", "*", "nn.Module", "pattern"])
+@pytest.mark.parametrize(
+    "include",
+    [None, "*", [nn.Module], ["[0-9].*"], lambda name, module: True],
+    ids=["all", "*", "nn.Module", "pattern", "predicate"],
+)
 def test_embeddings_are_not_meant_by_what_means_others_too(include):
     sp = Sparsifier(language_model(), ramp(0.5, end=0), include=include)
     assert "0.weight" not in sp.thresholds
@@ -236,8 +240,8 @@ def test_what_is_skipped_and_why():
     report = Sparsifier(model, ramp(), exclude=nn.Conv2d).report()
     assert [layer.name for layer in report.layers] == ["kept.weight"]
     assert dict(report.skipped) == {
-        "embedding.weight": "is one tensor with head.weight, which stays dense",
-        "head.weight": "is one tensor with embedding.weight, which stays dense",
+        "embedding.weight": "is tied to head.weight, which uses it in another way",
+        "head.weight": "is tied to embedding.weight, which uses it in another way",
         "frozen.weight": "does not train",
         "bilinear.weight": "is no kernel of a linear, convolution, attention or recurrent layer",
         "normed.parametrizations.weight.original0": "is parametrized otherwise",
@@ -305,3 +309,40 @@ def test_recurrent_layers_are_copied_without_stale_weights():
 def st3core_thresholds(layer):
     raw = [p for name, p in layer.named_parameters() if name.endswith("original")]
     return st3core.find_thresholds([as_array(p.detach()) for p in raw], 0.5)
+
+
+def test_an_embedding_that_a_pattern_means():
+    with pytest.raises(ValueError, match="an embedding must be asked for by its name or its type"):
+        Sparsifier(nn.Sequential(nn.Embedding(4, 3)), ramp(), include="0*")
+
+
+@recurrent
+def test_recurrent_layers_store_no_forward_weights(make, monkeypatch):
+    layer = seeded(make)
+    Sparsifier(layer, ramp(0.5, end=0)).step()
+    monkeypatch.setattr("st3_torch.parametrization.forward_weight", None)  # would fail if it were called
+    layer.double()
+    layer.flatten_parameters()
+    assert "_flat_weights" not in vars(layer)
+    layer.to_empty(device="cpu")
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, inputs):
+        return self.used(inputs)
+
+
+def test_hooks_on_kernels_that_took_no_part_are_not_called():
+    model, calls = Branches(), []
+    sp = Sparsifier(model, ramp(0.5, end=0))
+    sp.step()
+    model(torch.ones(1, 3)).sum().backward()  # the plan is there before the hooks are
+    for name, kernel in zip(("used", "unused"), sp._raw(), strict=True):
+        kernel.register_hook(lambda grad, name=name: calls.append((name, grad is not None)))
+        kernel.register_post_accumulate_grad_hook(lambda tensor, name=name: calls.append((name, "accumulated")))
+    model(torch.ones(1, 3)).sum().backward()
+    assert calls == [("used", True), ("used", "accumulated")]
