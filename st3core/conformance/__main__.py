@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from st3core.conformance.discovery import find_backend, list_backends
-from st3core.conformance.run import PROPERTIES, Result, check
+from st3core.conformance.run import PROPERTIES, Result, check, require_examples, select
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -14,13 +14,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m st3core.conformance", description=__doc__)
     parser.add_argument("backend", nargs="?", help="package.module:Class, or a registered name (see --list)")
     parser.add_argument("--list", action="store_true", help="list registered backends and all properties, then end")
-    parser.add_argument("--properties", nargs="+", metavar="NAME", help="ask about these alone")
+    parser.add_argument("--properties", metavar="NAMES", help="ask about these alone, with commas between them")
     parser.add_argument("--max-examples", type=int, default=200, metavar="N", help="cases a property (default: 200)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the cases; without it they are always the same")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args(arguments)
     if options.backend is None and not options.list:
         parser.error("the following argument is required: backend")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"argument --json: there is no folder {options.json.parent}")
     return options
 
 
@@ -77,19 +79,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print_list()
         return 0
-    sys.path.insert(0, "")  # a backend may be a file of the current directory
+    names = None if options.properties is None else [name.strip() for name in options.properties.split(",")]
     try:
         backend = find_backend(options.backend)
-        results = check(
-            backend,
-            properties=options.properties,
-            max_examples=options.max_examples,
-            seed=options.seed,
-            report=print_result,
-        )
-    except (ImportError, TypeError, ValueError) as error:
+        select(names)
+        require_examples(options.max_examples)
+    except Exception as error:  # whatever a backend raises while it is made
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    results = check(
+        backend, properties=names, max_examples=options.max_examples, seed=options.seed, report=print_result
+    )
     print_summary(backend.name, results)
     if options.json is not None:
         save(options.json, backend.name, results)

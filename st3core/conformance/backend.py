@@ -13,6 +13,10 @@ from st3core.method import Method
 class Backend(Protocol):
     """One implementation of the specification; its arrays may be of any type.
 
+    A backend is asked with methods by name, with presets as a :class:`~st3core.Method`, and with free combinations
+    of a Method's parts; :func:`st3core.get_method` makes a Method of each. Weights may have no dimensions or no
+    elements, one search may mix dtypes, and a channel axis may be negative.
+
     Attributes:
         name: how reports call it.
         dtypes: those that it knows, of ``"float16"``, ``"bfloat16"``, ``"float32"`` and ``"float64"``.
@@ -38,7 +42,7 @@ class Backend(Protocol):
         ...
 
     def find_thresholds(self, weights: Sequence[Any], sparsity: float, method: str | Method) -> Any:
-        """Equation 2: float64, as an array or a sequence of one number a tensor.
+        """Equation 2: one number a tensor, as a NumPy array of float64 or a list.
 
         Raises:
             ValueError: a weight is NaN or infinite, ``sparsity`` is outside [0, 1), or there is no weight at all.

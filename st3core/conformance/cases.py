@@ -1,8 +1,8 @@
 """Calls that a backend is asked to make: their arguments, the reference's answer, and code that repeats them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy
 import numpy as np
@@ -84,10 +84,23 @@ def shown(array: np.ndarray) -> str:
 
 
 class Outcome:
-    """What a backend has answered, and what it did to its arguments."""
+    """What a backend has answered, and what it did to its arguments.
 
-    def __init__(self, result: np.ndarray, arguments: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        self.result, self.arguments = result, arguments
+    Args:
+        answer: the backend's own array, or what it returned as thresholds.
+        to_numpy: makes an array of it.
+        arguments: arrays as they are after the call, and as they were.
+    """
+
+    def __init__(
+        self, answer: Any, to_numpy: Callable[[Any], np.ndarray], arguments: list[tuple[np.ndarray, np.ndarray]]
+    ) -> None:
+        self._answer, self._to_numpy, self.arguments = answer, to_numpy, arguments
+        self.result = self.again()
+
+    def again(self) -> np.ndarray:
+        """What the answer is by now, as a copy."""
+        return np.array(self._to_numpy(self._answer))
 
     def written(self) -> tuple[np.ndarray, np.ndarray] | None:
         """First argument that the call has changed: as it is now, and as it was."""
@@ -110,6 +123,11 @@ class Search:
         """The method."""
         return get_method(self.method)
 
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The weights."""
+        return self.weights
+
     def call(self, backend: Backend) -> Outcome:
         """Let the backend answer."""
         return self.call_with(backend, [weight.make() for weight in self.weights])
@@ -117,11 +135,10 @@ class Search:
     def call_with(self, backend: Backend, weights: list[np.ndarray]) -> Outcome:
         """The same in memory that is there already."""
         given = [backend.from_numpy(array) for array in weights]
-        found = np.asarray(backend.find_thresholds(given, self.sparsity, self.method))
-        after = [
-            (np.asarray(backend.to_numpy(tensor)), w.values) for tensor, w in zip(given, self.weights, strict=True)
-        ]
-        return Outcome(found, [*after, *((w, a.values) for w, a in zip(weights, self.weights, strict=True))])
+        answer = backend.find_thresholds(given, self.sparsity, self.method)
+        after, originals = [np.asarray(backend.to_numpy(tensor)) for tensor in given], [w.values for w in self.weights]
+        pairs = [*zip(after, originals, strict=True), *zip(weights, originals, strict=True)]
+        return Outcome(answer, _as_thresholds, pairs)
 
     def expected(self) -> NDArray[np.float64]:
         """The reference's answer."""
@@ -179,7 +196,7 @@ class Operation:
         originals = [array.values for array in self.arrays]
         after = [np.asarray(backend.to_numpy(tensor)) for tensor in given]
         pairs = [*zip(after, originals, strict=True), *zip(arrays, originals, strict=True)]
-        return Outcome(np.asarray(backend.to_numpy(answer)), pairs)
+        return Outcome(answer, backend.to_numpy, pairs)
 
     def expected(self) -> np.ndarray:
         """The reference's answer."""
@@ -211,22 +228,24 @@ class Operation:
         return f"{made}\nprint(backend.to_numpy({call}).tolist())"
 
 
-@dataclass(frozen=True, eq=False)
-class Sequence:
-    """Two different calls of one kind, of which the second must not remember the first."""
+Call = TypeVar("Call", Search, Operation)
 
-    first: Search | Operation
-    second: Search | Operation
+
+@dataclass(frozen=True, eq=False)
+class Sequence(Generic[Call]):
+    """Two calls of one kind in the same memory, of which the second must not remember the first."""
+
+    first: Call
+    second: Call
 
     def code(self) -> str:
         """Statements that make both calls and print their answers."""
-        second = self.second.weights if isinstance(self.second, Search) else self.second.arrays
-        values = f"[{', '.join(array.code() for array in second)}]"
+        values = f"[{', '.join(array.code() for array in self.second.arrays)}]"
         change = f"for array, values in zip(memory, {values}):\n    array[...] = values"
         return f"{self.first.code()}\n{change}\n{self.second.call_code()}"
 
 
-Case = Search | Operation | Sequence
+Case = Search | Operation | Sequence[Search] | Sequence[Operation]
 
 
 def with_layout(case: Operation, layout: str) -> Operation:
@@ -241,6 +260,11 @@ def _magnitudes(weight: np.ndarray, score: str) -> NDArray[np.float64]:
         own = own / compute(1 / np.sqrt(sum(weight.shape)))
     found: NDArray[np.float64] = own.astype(np.float64)
     return found
+
+
+def _as_thresholds(answer: Any) -> np.ndarray:
+    """An array as it is; a list of numbers is float64."""
+    return answer if isinstance(answer, np.ndarray) else np.array(answer, np.float64)
 
 
 def _memory_code(arrays: Iterable[Array]) -> str:

@@ -32,15 +32,17 @@ def find_backend(name: str) -> Backend:
     if place is None:
         listed = ", ".join(known) or "none"
         raise ValueError(f"conformance: backend must be package.module:Class or one of {listed}, got {name!r}")
+    if not all(place.partition(":")[::2]):
+        raise ValueError(f"conformance: backend must be package.module:Class, got {name!r}")
     try:
-        made = EntryPoint(name, place, GROUP).load()()
+        kind = EntryPoint(name, place, GROUP).load()
     except (ModuleNotFoundError, AttributeError) as error:
         missing = isinstance(error, ModuleNotFoundError) and not _is_part(error.name, place)
         if missing:
             raise  # the backend is there, but something that it imports is not
         raise ValueError(f"conformance: backend must be package.module:Class, got {name!r}: {error}") from error
-    require_backend(made)
-    backend: Backend = made
+    backend: Backend = kind()
+    require_backend(backend)
     return backend
 
 

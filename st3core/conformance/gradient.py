@@ -1,10 +1,14 @@
 """Properties of the gradient (equation 6), and of all calls."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
 from st3core.conformance.backend import Backend
-from st3core.conformance.cases import Operation, Search
+from st3core.conformance.cases import Array, Case, Operation, Search, Sequence
+from st3core.conformance.forward import LARGE, large
 from st3core.conformance.properties import Property, conformance_property
 from st3core.conformance.strategies import gradients, methods, operations, searches
 from st3core.conformance.violation import require_equal, require_kind, require_unwritten
@@ -28,7 +32,12 @@ def gradient_passes_straight_through(backend: Backend, case: Operation) -> None:
     _require_rule(backend, case)
 
 
-@conformance_property("6", lambda backend: gradients(backend, method=_masked))
+def _large(backend: Backend) -> Iterable[Case]:
+    rising = f"np.arange({2 * LARGE}).clip(max=9).astype({backend.dtypes[0]!r}).reshape(2, -1)"
+    yield replace(large(backend, "gmp"), cotangent=Array.made(rising))
+
+
+@conformance_property("6", lambda backend: gradients(backend, method=_masked), fixed=_large)
 def gradient_is_masked(backend: Backend, case: Operation) -> None:
     """The gradient is zero where a weight is not kept, unchanged elsewhere, and everywhere without threshold."""
     _require_rule(backend, case)
@@ -38,6 +47,26 @@ def gradient_is_masked(backend: Backend, case: Operation) -> None:
 def gradient_passes_what_is_not_finite(backend: Backend, case: Operation) -> None:
     """NaN and infinity in a gradient stay where they are; where it is masked they become zero."""
     _require_rule(backend, case)
+
+
+@st.composite
+def _in_succession(draw: st.DrawFn, backend: Backend) -> Sequence[Operation]:
+    first = draw(gradients(backend, method=_masked))
+    weight, cotangent = first.arrays
+    turned = replace(weight, values=np.flip(weight.values).copy()), replace(cotangent, values=-cotangent.values)
+    second = replace(first, weight=turned[0], cotangent=turned[1])
+    return Sequence(first, replace(second, threshold=first.threshold / draw(st.sampled_from([1, 4]))))
+
+
+@conformance_property("6", _in_succession)
+def gradient_depends_on_its_arguments_alone(backend: Backend, case: Sequence[Operation]) -> None:
+    """No mask of an earlier call is left, also where the same memory holds other weights by now."""
+    first, second = case.first, case.second
+    memory = [array.make() for array in first.arrays]
+    first.call_with(backend, memory)
+    for array, other in zip(memory, second.arrays, strict=True):
+        array[...] = other.values
+    require_equal(case, second.call_with(backend, memory).result, second.expected())
 
 
 @conformance_property("6", gradients)
@@ -57,6 +86,7 @@ PROPERTIES: tuple[Property, ...] = (
     gradient_passes_straight_through,
     gradient_is_masked,
     gradient_passes_what_is_not_finite,
+    gradient_depends_on_its_arguments_alone,
     gradient_keeps_dtype_and_shape,
     arguments_are_not_written,
 )

@@ -22,7 +22,7 @@ class Property:
         name: of the function that checks it.
         equation: number in ``docs/spec``.
         statement: what has to hold, in one sentence.
-        cases: what Hypothesis draws for a backend.
+        cases: what Hypothesis draws for a backend; None if there are fixed cases alone.
         check: raises a :class:`~st3core.conformance.violation.ViolationError` where a case breaks the property.
         fixed: cases that are asked in any case.
         unless: attributes of a backend that excuse it, and the values that do.
@@ -31,7 +31,7 @@ class Property:
     name: str
     equation: str
     statement: str
-    cases: Callable[[Backend], SearchStrategy[Any]]
+    cases: Callable[[Backend], SearchStrategy[Any]] | None
     check: Check
     fixed: Callable[[Backend], Iterable[Case]] = lambda _: ()
     unless: tuple[str, bool] | None = None
@@ -51,12 +51,16 @@ class Property:
 
 
 def conformance_property(
-    equation: str, cases: Callable[[Backend], SearchStrategy[Any]], **options: Any
+    equation: str,
+    cases: Callable[[Backend], SearchStrategy[Any]] | None,
+    *,
+    fixed: Callable[[Backend], Iterable[Case]] = lambda _: (),
+    unless: tuple[str, bool] | None = None,
 ) -> Callable[[Check], Property]:
     """Make a :class:`Property` of the function that checks it; its docstring is the statement."""
 
     def make(check: Check) -> Property:
         statement = (check.__doc__ or "").strip()
-        return Property(check.__name__, equation, statement, cases, check, **options)
+        return Property(check.__name__, equation, statement, cases, check, fixed, unless)
 
     return make

@@ -1,5 +1,6 @@
 """Asks a backend about a property, and says what it found."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any
 import hypothesis
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import FlakyFailure, Unsatisfiable
+from hypothesis.errors import FlakyFailure
+from hypothesis.strategies import SearchStrategy
 
 from st3core.conformance import forward, gradient, thresholds
 from st3core.conformance.backend import Backend
@@ -79,9 +81,10 @@ def check_property(chosen: Property, backend: Backend, max_examples: int = 200, 
     counted, start = _Counted(chosen, backend), time.perf_counter()
     failure = None
     try:
+        if chosen.cases is not None:
+            _search(chosen.cases(backend), counted, max_examples, seed)
         for case in chosen.fixed(backend):
             counted(case)
-        _search(chosen, backend, counted, max_examples, seed)
     except ViolationError as violation:
         failure = describe(chosen, backend, violation)
     return Result(chosen, counted.examples, time.perf_counter() - start, failure)
@@ -107,7 +110,7 @@ class _Counted:
             raise self.last from error
 
 
-def _search(chosen: Property, backend: Backend, check: _Counted, max_examples: int, seed: int | None) -> None:
+def _search(cases: SearchStrategy[Any], check: _Counted, max_examples: int, seed: int | None) -> None:
     """Raise the violation of the smallest case that Hypothesis finds."""
 
     @settings(
@@ -120,15 +123,13 @@ def _search(chosen: Property, backend: Backend, check: _Counted, max_examples: i
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )
-    @given(chosen.cases(backend))
+    @given(cases)
     def cases_hold(case: Case) -> None:
         check(case)
 
     test: Callable[[], Any] = cases_hold if seed is None else hypothesis.seed(seed)(cases_hold)
     try:
         test()
-    except Unsatisfiable:
-        return  # there are fixed cases only
     except FlakyFailure:
         if check.last is None:
             raise
@@ -152,7 +153,7 @@ def describe(chosen: Property, backend: Backend, violation: ViolationError) -> s
 def snippet(backend: Backend, case: Case) -> str:
     """Program that makes the call of a case and prints the answer."""
     kind = type(backend)
-    importable = "<locals>" not in kind.__qualname__
+    importable = "<locals>" not in kind.__qualname__ and kind.__module__ != "__main__" and _needs_no_arguments(kind)
     made = f"{kind.__module__}.{kind.__qualname__}()" if importable else f"...  # a {kind.__qualname__}"
     lines = [
         "import numpy as np",
@@ -163,6 +164,14 @@ def snippet(backend: Backend, case: Case) -> str:
         case.code(),
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _needs_no_arguments(kind: type) -> bool:
+    try:
+        inspect.signature(kind).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def check(

@@ -25,6 +25,7 @@ SHAPES: tuple[Shape, ...] = (
     (1, 4),
     (3, 2, 2),
     (2, 1, 3, 2),
+    (2, 1, 2, 1, 2),
     (5, 4),
     (3, 33),
     (0,),
@@ -161,13 +162,29 @@ def searches(
     return Search(tuple(weights), draw(sparsities), draw(_any_score if method is None else method))
 
 
+TOO_SMALL = 1e-60
+"""A threshold that rounds to 0 in every dtype but float64."""
+
+_nudges = st.sampled_from([0.25, -0.25, 0.5, -0.5, 0.5 + 2.0**-20, 0.5 - 2.0**-20, -0.5 - 2.0**-20, -0.5 + 2.0**-20])
+"""Where rounding turns over, in units in the last place of a weight."""
+
+
 @st.composite
 def thresholds(draw: Draw, weight: np.ndarray) -> float:
-    """A threshold that decides something: zero, a magnitude that occurs, or what lies between."""
+    """A threshold that decides something: zero, a magnitude that occurs, what lies between, or rounds to either."""
     magnitudes = sorted({abs(float(w)) for w in weight.ravel().tolist()}) or [0.5]
-    chosen = draw(st.sampled_from(magnitudes)) * draw(st.one_of(st.just(1.0), st.floats(0.5, 2)))
-    value = draw(st.sampled_from([chosen, chosen, chosen, 0.0]))
-    return min(value, _largest(weight.dtype))
+    chosen = draw(st.sampled_from(magnitudes))
+    between, near = chosen * draw(st.floats(0.5, 2)), chosen + draw(_nudges) * _unit(chosen, weight.dtype)
+    value = draw(st.sampled_from([chosen, between, between, near, near, 0.0, TOO_SMALL]))
+    if weight.dtype.name == "bfloat16":
+        value = float(np.float32(min(value, 2.0**127)))  # the way to bfloat16 is through float32
+    return min(max(value, 0.0), _largest(weight.dtype))
+
+
+def _unit(magnitude: float, dtype: np.dtype[Any]) -> float:
+    """Distance of a magnitude to the next number of the dtype."""
+    above = float(np.nextafter(dtype.type(magnitude), dtype.type(np.inf)))
+    return above - magnitude if np.isfinite(above) else 0.0
 
 
 @st.composite
@@ -183,7 +200,7 @@ def operations(
     """A call of ``sparsify``."""
     weight = draw(arrays(backend, kinds=kinds, shapes=shapes, bound=bound))
     threshold = draw(thresholds(weight.values))
-    if flushes_subnormals(backend):
+    if flushes_subnormals(backend) and weight.values.dtype.type(threshold) != 0:
         threshold = float(_limited(np.array(threshold)))
     axes = max(weight.values.ndim, 1)
     axis = draw(st.integers(0, axes - 1)) - draw(st.sampled_from([0, axes]))

@@ -34,8 +34,8 @@ def _test(chosen: Property) -> Any:
         if excuse is not None:
             _skip(f"{self.backend.name} declares {excuse}")
         option = request.config.getoption
-        max_examples = option("--conformance-max-examples", None) or self.max_examples
-        seed = option("--conformance-seed", None)
+        max_examples, seed = option("--conformance-max-examples", None), option("--conformance-seed", None)
+        max_examples = self.max_examples if max_examples is None else max_examples
         check_backend(self.backend, max_examples, properties=[chosen.name], seed=self.seed if seed is None else seed)
 
     test.__name__ = f"test_{chosen.name}"

@@ -66,8 +66,8 @@ def ulp_distance(a: np.ndarray, b: np.ndarray) -> int:
     if a.size == 0:
         return 0
     integer = np.dtype(f"i{a.dtype.itemsize}")
-    # As Python integers: the distance of two float64 numbers can exceed int64.
-    pairs = zip(*(np.ascontiguousarray(x).view(integer).ravel().tolist() for x in (a, b)), strict=True)
+    exact = object if a.dtype.itemsize == 8 else np.int64  # the distance of two float64 numbers can exceed int64
     lowest = int(np.iinfo(integer).min)
-    ordered = [[x if x >= 0 else lowest - x for x in pair] for pair in pairs]
-    return int(max(abs(x - y) for x, y in ordered))
+    bits = [np.ascontiguousarray(x).view(integer).ravel().astype(exact) for x in (a, b)]
+    ordered = [np.where(x >= 0, x, lowest - x) for x in bits]
+    return int(np.abs(ordered[0] - ordered[1]).max())

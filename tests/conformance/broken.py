@@ -115,7 +115,7 @@ class PerTensor(Textbook):
         return np.array([find([w], sparsity, method)[0] if np.size(w) else 0.0 for w in weights])
 
 
-@violates("thresholds_ignore_order_and_split")
+@violates("thresholds_ignore_order")
 class SortedThresholds(Textbook):
     """Thresholds in an order of their own."""
 
@@ -501,3 +501,137 @@ class MaskOfTheForwardRule(Textbook):
         if get_method(method).operator == "hard":
             return np.asarray(cotangent).copy()
         return super().vjp(weight, threshold, method, channel_axis, cotangent)
+
+
+# --- What shows only in certain calls
+
+
+@violates("forward_depends_on_its_arguments_alone")
+class MaskOfTheThreshold(Textbook):
+    """A mask kept for as long as the threshold stays, while the weights move on."""
+
+    def __init__(self):
+        self.masks = {}
+
+    def kept(self, weight, limit):
+        key = weight.__array_interface__["data"][0], weight.shape, float(limit)
+        return self.masks.setdefault(key, super().kept(weight, limit))
+
+
+@violates("forward_depends_on_its_arguments_alone")
+class OutputReused(Textbook):
+    """Every answer in the memory of the answer before."""
+
+    def __init__(self):
+        self.outputs = {}
+
+    def sparsify(self, weight, threshold, method, channel_axis):
+        found = super().sparsify(weight, threshold, method, channel_axis)
+        output = self.outputs.setdefault((found.shape, found.dtype), found)
+        output[...] = found
+        return output
+
+
+@violates("gradient_depends_on_its_arguments_alone")
+class StaleGradientMask(Textbook):
+    """The gradient's mask of the first call, kept by the memory that the weight is in."""
+
+    def __init__(self):
+        self.masks = {}
+
+    def passes(self, weight, limit):
+        key = weight.__array_interface__["data"][0], weight.shape
+        return self.masks.setdefault(key, super().passes(weight, limit))
+
+
+@violates("forward_scale_is_that_of_kept_magnitudes")
+class SumInFloat32(Textbook):
+    """Channel sums in float32, one after the other."""
+
+    def mean(self, magnitudes, channel_axis):
+        if magnitudes.ndim != 2:
+            return super().mean(magnitudes, channel_axis)
+        axis = 1 - channel_axis % 2
+        total = np.cumsum(magnitudes.astype(np.float32), axis=axis, dtype=np.float32).take([-1], axis=axis)
+        return total.astype(np.float64) / magnitudes.shape[axis]
+
+
+@violates("forward_is_zero_up_to_the_threshold")
+class LargeTensorTail(Textbook):
+    """What does not fill a block of 1024 is left as it is."""
+
+    def sparsify(self, weight, threshold, method, channel_axis):
+        found = super().sparsify(weight, threshold, method, channel_axis)
+        whole = weight.size // 1024 * 1024
+        if whole:
+            found.reshape(-1)[whole:] = np.ascontiguousarray(weight).reshape(-1)[whole:]
+        return found
+
+
+@violates("gradient_is_masked")
+class LargeGradientTail(Textbook):
+    """The gradient of what does not fill a block of 1024 is not masked."""
+
+    def masked(self, cotangent, passes):
+        found = super().masked(cotangent, passes)
+        whole = cotangent.size // 1024 * 1024
+        if whole:
+            found.reshape(-1)[whole:] = np.ascontiguousarray(cotangent).reshape(-1)[whole:]
+        return found
+
+
+@violates("forward_is_zero_up_to_the_threshold")
+class ThresholdRoundedTwice(Textbook):
+    """A threshold rounded to float32 on its way to float16."""
+
+    def sparsify(self, weight, threshold, method, channel_axis):
+        return super().sparsify(weight, float(np.float32(threshold)), method, channel_axis)
+
+
+@violates("forward_without_threshold_is_the_identity")
+class ThresholdNotRoundedFirst(Textbook):
+    """A threshold that rounds to 0 taken for one."""
+
+    def sparsify(self, weight, threshold, method, channel_axis):
+        self.threshold = threshold
+        return super().sparsify(weight, threshold, method, channel_axis)
+
+    def is_identity(self, limit):
+        return self.threshold == 0
+
+
+@violates("gradient_is_masked")
+class GradientMaskNotRounded(Textbook):
+    """A mask by the threshold in float64, instead of the one that the forward weight has."""
+
+    def vjp(self, weight, threshold, method, channel_axis, cotangent):
+        if get_method(method).backward == "masked" and threshold > 0:
+            return self.masked(cotangent, np.abs(weight.astype(np.float64)) > threshold)
+        return super().vjp(weight, threshold, method, channel_axis, cotangent)
+
+
+@violates("thresholds_are_global")
+class FirstTensorsOnly(Textbook):
+    """Tensors after the sixteenth do not count."""
+
+    def find_thresholds(self, weights, sparsity, method):
+        found = super().find_thresholds(weights[:16], sparsity, method)
+        return np.concatenate([found, np.repeat(found[:1], max(len(weights) - 16, 0))])
+
+
+@violates("thresholds_divide_by_sigma")
+class SigmaOfSmallShapes(Textbook):
+    """A sigma that stays the same from a sum of a hundred on."""
+
+    def sigma(self, shape, score):
+        return super().sigma(shape if sum(shape) < 100 else (100,), score)
+
+
+@violates("forward_keeps_dtype_and_shape")
+class FourDimensions(Textbook):
+    """No more than four dimensions."""
+
+    def sparsify(self, weight, threshold, method, channel_axis):
+        if weight.ndim > 4:
+            raise ValueError("too many dimensions")
+        return super().sparsify(weight, threshold, method, channel_axis)

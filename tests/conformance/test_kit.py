@@ -194,6 +194,7 @@ def test_registered_backends():
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
+        ("numpy:", ValueError, "must be package.module:Class, got 'numpy:'"),
         ("jsx", ValueError, "must be package.module:Class or one of .*numpy.*, got 'jsx'"),
         ("st3core.nothing:Backend", ValueError, "No module named 'st3core.nothing'"),
         ("st3core.conformance:Nothing", ValueError, "Nothing"),
@@ -226,7 +227,14 @@ def command(*arguments, cwd=ROOT):
 
 
 def test_the_command_line_accepts(tmp_path):
-    some = ("--properties", "forward_has_positive_zeros", "gradient_is_masked", "--max-examples", "20", "--seed", "3")
+    some = (
+        "--properties",
+        "forward_has_positive_zeros,gradient_passes_straight_through",
+        "--max-examples",
+        "20",
+        "--seed",
+        "3",
+    )
     run = command("st3core.conformance:NumpyBackend", *some, "--json", str(tmp_path / "out.json"))
     assert run.returncode == 0, run.stderr
     assert re.search(
@@ -252,6 +260,20 @@ def test_the_command_line_says_what_is_wrong():
     run = command("nowhere")
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("ValueError: conformance: backend must be package.module:Class or one of")
+
+
+def test_a_backend_that_cannot_be_made_is_no_backend_that_fails(tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "class NoDevice:\n    def __init__(self):\n        raise RuntimeError('no device')\n"
+    )
+    run = command("broken:NoDevice", cwd=tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", "RuntimeError: no device\n")
+
+
+def test_results_need_a_folder(tmp_path):
+    run = command("numpy", "--json", str(tmp_path / "nowhere" / "out.json"))
+    assert run.returncode == 2
+    assert "argument --json: there is no folder" in run.stderr
 
 
 def test_the_command_line_lists():
