@@ -20,6 +20,9 @@ T = TypeVar("T")
 _SLACK = 1.125
 """Threads get every n-th chunk, so their shares of the gathered keys are about equal."""
 
+_ROOM = 1 << 14
+"""Keys that a search in one call may gather; a forecast that finds more of them is worth another look."""
+
 _KEY_FLOATS = {np.dtype(np.uint32): np.float32, np.dtype(np.uint64): np.float64}
 _NO_BINS = np.empty(0, np.int64)
 
@@ -51,6 +54,8 @@ class ArrayCounter:
         self._float = np.empty(1, _KEY_FLOATS[self.key_dtype])
         self._bits = self._float.view(self.key_dtype)
         self.infinity = self.key(np.inf)
+        self._room = np.empty(min(self.size, _ROOM), self.key_dtype)
+        self._picked = np.empty(4, self.key_dtype)
         self._tables: list[_Job] = []
         self._members: list[list[int]] = []
         self._offsets: list[NDArray[np.int64]] = []
@@ -111,6 +116,34 @@ class ArrayCounter:
         if inside > capacity or sum(keys.size for keys in gathered) < inside:
             return below, inside, None
         return below, inside, gathered[0] if len(gathered) == 1 else np.concatenate(gathered)
+
+    def neighbours(self, low: int, high: int, rank: int, few: int) -> list[int] | None:
+        """Keys of rank ``rank - few``, ``rank``, ``rank + 1`` and ``rank + few``, found in one compiled call.
+
+        Args:
+            low: where the key of rank ``rank`` probably is: in ``[low, high)``.
+            high: the key of infinity at most.
+            rank: 0-based.
+            few: at least 1. The outer keys are the nearest inside the interval at least.
+
+        Returns:
+            None where one call can't settle it: the rank is elsewhere, more keys are inside than there is
+            room for, or the weights are a matter of several threads, memory formats or copies.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; the message names it.
+        """
+        jobs = self._jobs()
+        if len(jobs) != 1 or len(jobs[0]) != 1 or self._irregular:
+            return None
+        ((job,),) = jobs[0]
+        self._interval[0], self._interval[1], self._interval[2] = low, high, 0
+        settled, _, _, largest = kernels.search(
+            job.chunks, *job.arguments, self._interval, rank, few, self._room, self._picked
+        )
+        if largest >= self.infinity:
+            self._reject()
+        return self._picked.tolist() if settled else None
 
     def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]:
         """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys.

@@ -207,6 +207,11 @@ def _infinity(memory_format):  # type: ignore[no-untyped-def]
 
 
 @_inline
+def _key_infinity(keys):  # type: ignore[no-untyped-def]
+    return keys.dtype.type(_infinity(FLOAT32 if keys.itemsize == 4 else FLOAT64))
+
+
+@_inline
 def _magnitude_mask(source):  # type: ignore[no-untyped-def]
     every_bit = np.uint64(0xFFFFFFFFFFFFFFFF)
     return source.dtype.type(every_bit >> np.uint64(65 - 8 * source.itemsize))
@@ -339,6 +344,90 @@ def successor(chunks, scales, memory_format, source_like, key):  # type: ignore[
         if smallest < mask:
             best = min(best, _key(smallest, memory_format, scale, one, narrow, keys))
     return best
+
+
+@_inline
+def _count_below(keys, key):  # type: ignore[no-untyped-def]
+    unsigned = keys.dtype.type
+    below = unsigned(0)
+    for i in range(keys.size):
+        below = unsigned(below + unsigned(keys[i] < key))
+    return np.intp(below)
+
+
+@_part
+def _of_rank(keys, rank, low, high):  # type: ignore[no-untyped-def]
+    """Key number ``rank`` in order, of keys that are all in ``[low, high)``; bisection, so that loops stay SIMD."""
+    low, high = np.uint64(low), np.uint64(high)
+    while high - low > np.uint64(1):
+        middle = low + ((high - low) >> np.uint64(1))
+        if _count_below(keys, keys.dtype.type(middle)) <= rank:
+            low = middle
+        else:
+            high = middle
+    return keys.dtype.type(low)
+
+
+@_jit
+def pick(keys, rank, few, interval, picked):  # type: ignore[no-untyped-def]
+    """Write the keys of rank ``rank - few``, ``rank``, ``rank + 1`` and ``rank + few`` to ``picked``.
+
+    Args:
+        keys: at least one, in any order; read only.
+        rank: number of a key in order, from 0.
+        few: how far the first and the last are away; what lies beyond an end is the key at that end.
+        interval: in the type of the keys; all of them are in ``[interval[0], interval[1])``.
+        picked: 4 keys.
+
+    Returns:
+        Whether there is a key of rank ``rank + 1``; if not, the third is that of ``rank``.
+    """
+    low, high, end = interval[0], interval[1], keys.size - 1
+    key = _of_rank(keys, rank, low, high)
+    picked[0] = _of_rank(keys, max(rank - few, 0), low, np.uint64(key) + np.uint64(1))
+    picked[1] = key
+    picked[2] = _of_rank(keys, min(rank + 1, end), key, high)
+    picked[3] = _of_rank(keys, min(rank + few, end), picked[2], high)
+    return rank < end
+
+
+@_jit
+def search(chunks, scales, memory_format, source_like, interval, rank, few, buffer, picked):  # type: ignore[no-untyped-def]
+    """The warm search of one job in one call: count, gather, and pick the keys around a rank.
+
+    Allocates a few kilobytes of working memory and nothing else, knows no Python object, and may be called
+    from other compiled code without the GIL.
+
+    Args:
+        chunks: int64 ``(m, 3)``: address, number of elements, index into ``scales``; all weights.
+        scales: float64: what each tensor's magnitudes are divided by.
+        memory_format: FLOAT16, BFLOAT16, FLOAT32 or FLOAT64.
+        source_like: empty array of the unsigned type that holds one element.
+        interval: ``(low, high, 0)`` in the unsigned type of the keys (uint32, or uint64 if any weight of
+            the model is float64): where the forecast expects the rank's key, ``low <= key < high``, and
+            ``high`` is the key of infinity at most.
+        rank: int64, 0-based rank of the wanted key among the keys of all ``chunks``.
+        few: int64, how far the neighbours for the forecast are away, in ranks; at least 1.
+        buffer: room for keys, of the interval's type; its content does not matter, before or after.
+            More keys than it holds are not gathered.
+        picked: 4 keys, of the interval's type; written only where the search is settled: the keys of rank
+            ``rank - few``, ``rank`` (e1), ``rank + 1`` (e2; the key of infinity where there is none) and
+            ``rank + few``. The two outer ones are the nearest inside the interval at least. Their bits are magnitudes:
+            ``picked.view(float32)``, or float64.
+
+    Returns:
+        Whether the search is settled, the number of keys below ``low``, the number inside, and the largest
+        of all keys: from the key of infinity on, a weight is NaN or infinite, and nothing is settled.
+    """
+    infinity = _key_infinity(interval)
+    bins = np.empty(0, np.int64)
+    below, inside, largest, taken = count(chunks, scales, memory_format, source_like, interval, buffer, bins)
+    settled = largest < infinity and taken == inside and below <= rank < below + inside
+    if settled and not pick(buffer[:taken], rank - below, few, interval, picked):
+        bounds = np.empty(2, interval.dtype)
+        bounds[0], bounds[1] = picked[1] + interval.dtype.type(1), infinity
+        picked[2] = successor(chunks, scales, memory_format, source_like, bounds)
+    return settled, below, inside, largest
 
 
 @_inline

@@ -222,6 +222,10 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
     low, high = 0, counter.infinity  # the rank's key is in [low, high)
     before, end = 0, counter.size  # keys below low, keys below high
     warm = forecast.interval(counter) if forecast else None
+    if forecast and warm and isinstance(counter, ArrayCounter):
+        found = counter.neighbours(warm[0], warm[1], rank, _few(counter))
+        if found:
+            return _learned(counter, found, forecast)
     first, last, expected = warm or _guess(counter, rank)
     while high - low > 1:
         if expected <= CAPACITY:
@@ -255,17 +259,29 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
 
 def _pick(counter: Counter, keys: np.ndarray, index: int, forecast: Forecast | None) -> tuple[int, int]:
     """Keys number ``index`` and ``index + 1`` in order; ``keys`` is an interval's worth of them."""
-    few = max(_FEW, counter.size // _FEW_SHARE) if forecast else 0
-    around = [max(index - few, 0), index, min(index + 1, len(keys) - 1), min(index + few, len(keys) - 1)]
+    few, end = _few(counter) if forecast else 0, len(keys) - 1
+    around = [max(index - few, 0), index, min(index + 1, end), min(index + few, end)]
     if len(keys) <= _SORTED:
         keys.sort()
     else:
         keys.partition(around)
-    left, key, following, right = (int(keys[i]) for i in around)
+    found = [int(keys[i]) for i in around]
+    if index == end:
+        found[2] = counter.successor(found[1])
+    return _learned(counter, found, forecast)
+
+
+def _few(counter: Counter) -> int:
+    return max(_FEW, counter.size // _FEW_SHARE)
+
+
+def _learned(counter: Counter, keys: Sequence[int], forecast: Forecast | None) -> tuple[int, int]:
+    """The two keys in the middle; the forecast learns from these and their neighbours."""
+    left, key, following, right = keys
     if forecast:
         magnitude = counter.magnitude(key)
         forecast.learn(magnitude, max(magnitude - counter.magnitude(left), counter.magnitude(right) - magnitude))
-    return key, following if index + 1 < len(keys) else counter.successor(key)
+    return key, following
 
 
 def _guess(counter: Counter, rank: int) -> tuple[int, int, int]:

@@ -146,20 +146,68 @@ def test_search_is_exact_whatever_the_forecast(histories, shares, data):
             assert found.tobytes() == reference.find_thresholds(arrays, sparsity, "magnitude").tobytes()
 
 
+@given(
+    weight_lists(huge=False, mixed=False),
+    sparsities,
+    methods,
+    st.sampled_from([(0, 0), (1, 1 << 20), (1 << 20, 1), (1 << 20, 1 << 20), (1 << 60, 1 << 60)]),
+    st.integers(1, 40),
+    st.sampled_from([1, 7, 1000]),
+)
+def test_neighbours_are_those_of_all_keys_in_order(arrays, sparsity, method, reach, few, room):
+    """Of any interval around the rank, empty ones and all of them too; compiled code may be refused, never wrong."""
+    units = search.tensor_units([a.shape for a in arrays], [a.dtype for a in arrays], get_method(method))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "_ROOM", room)
+        counter = counting.ArrayCounter(arrays, units, ["w"] * len(arrays))
+    keys = sorted(counter.key(m) for m in magnitudes_of(arrays, method).tolist())
+    rank = reference.position(len(keys), sparsity)[0]
+    low, high = max(keys[rank] - reach[0], 0), min(keys[rank] + reach[1], counter.infinity)
+    inside = [key for key in keys if low <= key < high]
+    found = counter.neighbours(low, high, rank, few)
+    regular = all(memory.memory_order(a) is not None for a in arrays)
+    assert (found is not None) == (regular and reach[1] > 0 and len(inside) <= min(len(keys), room))
+    if found:
+        following = [*keys, counter.infinity][rank + 1]
+        around = keys[max(rank - few, 0)], keys[min(rank + few, len(keys) - 1)]
+        assert found == [max(around[0], inside[0]), keys[rank], following, min(around[1], inside[-1])]
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_neighbours_name_a_weight_that_is_not_finite(bad):
+    counter = counting.ArrayCounter([np.ones(3), np.array([1.0, bad])], [1.0, 1.0], ["a", "b"])
+    with pytest.raises(ValueError, match="b must be finite"):
+        counter.neighbours(0, counter.infinity, 2, 1)
+
+
 def test_a_good_forecast_settles_the_matter_in_one_look(monkeypatch):
     generator = np.random.default_rng(0)
     weight, drift = generator.standard_normal((2, 200_000)).astype(np.float32)
-    forecast, looks = search.Forecast(), []
-    gather = counting.ArrayCounter.gather
-    monkeypatch.setattr(counting.ArrayCounter, "gather", lambda *a: looks.append(gather(*a)[1]) or gather(*a))
+    forecast, looks, settled = search.Forecast(), [], []
+    gather, neighbours = counting.ArrayCounter.gather, counting.ArrayCounter.neighbours
+    monkeypatch.setattr(counting.ArrayCounter, "gather", lambda *a: looks.append(a) or gather(*a))
+    monkeypatch.setattr(counting.ArrayCounter, "neighbours", lambda *a: settled.append(neighbours(*a)) or settled[-1])
     monkeypatch.setattr(counting.ArrayCounter, "histogram", None)
     for step in range(20):
         weight += np.float32(1e-3) * drift
         counter = counting.ArrayCounter([weight], [1.0], ["w"])
         found = search.count_thresholds(counter, 0.9 + 0.001 * step, [1.0], [weight.dtype], forecast)
         assert found == reference.find_thresholds([weight], 0.9 + 0.001 * step, "magnitude")
-    assert len(looks) <= 22  # one each, and one more while the trend is learned
-    assert max(looks[5:]) < weight.size // 20
+    assert len(looks) <= 3  # the first search knows nothing, and the trend has to be learned
+    assert settled.count(None) <= 2
+
+
+def test_a_good_forecast_on_several_threads_gathers_few_keys(monkeypatch):
+    weight = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
+    monkeypatch.setattr(threads, "SERIAL_BELOW", 0)
+    monkeypatch.setattr(threads, "thread_count", lambda: 2)
+    counter, forecast, inside = counting.ArrayCounter([weight], [1.0], ["w"]), search.Forecast(), []
+    gather = counting.ArrayCounter.gather
+    monkeypatch.setattr(counting.ArrayCounter, "gather", lambda *a: inside.append(gather(*a)[1]) or gather(*a))
+    for _ in range(10):
+        search.count_thresholds(counter, 0.9, [1.0], [weight.dtype], forecast)
+    assert len(inside) <= 11
+    assert max(inside[5:]) < weight.size // 100
 
 
 @given(weight_lists(huge=False), st.integers(1, 10))
