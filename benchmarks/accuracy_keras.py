@@ -56,7 +56,7 @@ def write_start(path: Path, seed: int, epochs: int) -> None:
     first = [_as_in_keras(parameter.detach().numpy()) for parameter in Network().parameters()]
     shuffle = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(images, generator=shuffle).numpy() for _ in range(epochs)]
-    np.savez(path, orders=orders, **{f"weight/{place}": weight for place, weight in enumerate(first)})
+    np.savez(path, orders, *first)
 
 
 def _as_in_keras(weight: np.ndarray) -> np.ndarray:

@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("settings", type=json.loads, help="of the run, as JSON")
     options = parser.parse_args()
     settings, start = Settings(**options.settings), np.load(options.start)
-    first = [start[f"weight/{place}"] for place in range(len(start) - 1)]
-    print("\n" + json.dumps(measure(load_data(settings.seed), settings, first, start["orders"])))
+    orders, *first = (start[name] for name in start.files)
+    print("\n" + json.dumps(measure(load_data(settings.seed), settings, first, orders)))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from st3_keras.backend import dtype_name
 
 State = tuple[np.ndarray, np.ndarray, np.ndarray]
-OnHost = Callable[[int, State, NDArray[np.int64]], State]
-"""From the step and the state so far, and the addresses of all sources and targets, to the new state.
+OnHost = Callable[[bool, int, State, NDArray[np.int64]], State]
+"""From whether weights are frozen, the step, the state and the addresses of sources and targets, to the new state.
 
 Addresses are int64 of shape ``(2, n)``: read from the first row, write to the second; C-contiguous memory."""
 
@@ -47,31 +47,8 @@ def on_torch_tensors(
             target.copy_(result)
 
 
-def in_jax_step(on_host: OnHost, step: Any, state: Sequence[Any], sources: Sequence[Any]) -> tuple[list[Any], Any]:
-    """New state and targets, within a compiled function; large tensors without a copy."""
-    import jax
-    from jax.experimental.buffer_callback import buffer_callback
-
-    packs = _Packs.of(sources)
-    room = _Room()
-
-    def call(_: Any, out: Any, step: Any, state: Any, sources: Any) -> None:
-        arrays, targets = ([np.asarray(buffer) for buffer in row] for row in (sources, out[1]))
-        read, written = packs.memory(arrays, room), packs.memory(targets, room)
-        packs.together(arrays, read)
-        old = tuple(np.asarray(part) for part in state)
-        new = on_host(int(np.asarray(step)), old, packs.places(read, written))  # type: ignore[arg-type]
-        packs.apart(written, targets)
-        for target, value in zip(out[0], new, strict=True):
-            np.asarray(target)[...] = value
-
-    kinds = [[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in part] for part in (state, sources)]
-    found, targets = buffer_callback(call, kinds, vmap_method="sequential")(step, list(state), list(sources))
-    return found, targets
-
-
 def in_tensorflow_graph(
-    on_host: OnHost, step: Any, state: Sequence[Any], sources: Sequence[Any]
+    on_host: OnHost, frozen: bool, step: Any, state: Sequence[Any], sources: Sequence[Any]
 ) -> tuple[list[Any], list[Any]]:
     """New state and targets, within a graph; large tensors without a copy."""
     import tensorflow as tf
@@ -83,7 +60,7 @@ def in_tensorflow_graph(
     def call(step: Any, *rest: np.ndarray) -> list[np.ndarray]:
         old, read = rest[:3], rest[3:]
         written = [room.take(pack.size, pack.dtype) for pack in read]
-        return [*on_host(int(step), old, packs.places(read, written)), *written]  # type: ignore[arg-type]
+        return [*on_host(frozen, int(step), old, packs.places(read, written)), *written]  # type: ignore[arg-type]
 
     flat = [tf.concat([tf.reshape(sources[kernel], [-1]) for kernel in pack], 0) for pack in packs.members]
     types = [tf.as_dtype(x.dtype) for x in (*state, *flat)]
