@@ -50,7 +50,7 @@ class XlaStep:
         wide = np.float64 if np.float64 in host.dtypes else np.float32
         self._state = ((self.tensors,), wide), ((2,), wide), ((3,), np.int32)
         self._numbers = host.small.numbers.copy() if host.small else np.zeros(NUMBERS, np.int64)
-        self._numbers[[TOKEN, CALLBACK]] = token, ctypes.cast(_ask_python, ctypes.c_void_p).value
+        self._numbers[[TOKEN, CALLBACK]] = token, ctypes.cast(_ask_python, ctypes.c_void_p).value or 0
         _steps[token] = self
 
     def __call__(
