@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from keras import layers
 
@@ -26,6 +26,7 @@ if os.environ.get("KERAS_BACKEND") == "jax":
 linked.link()
 
 METHODS = ("st3", "st3_sigma", "hard_ste", "gmp")
+neighbours = st.integers(0, 3).map(lambda n: (np.float32(1).view(np.int32) + n).view(np.float32))
 floats = st.floats(-4, 4, width=32)
 
 
@@ -196,12 +197,15 @@ def test_steps_at_once_do_not_meet():
 
 
 @given(
-    parts=st.lists(st.lists(floats, min_size=1, max_size=40), min_size=1, max_size=4),
+    parts=st.lists(
+        st.lists(floats, min_size=1, max_size=40) | st.lists(neighbours, min_size=1), min_size=1, max_size=4
+    ),
     share=st.floats(0, 0.999),
     forecast=st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=4, max_size=4),
     guess=st.floats(0, 5, width=32),
     method=st.sampled_from(["st3", "st3_sigma"]),
 )
+@example([[1.0, 1.0]], 0.5, [0.0] * 4, 0.0, "st3_sigma")  # whose threshold times sigma rounds to below 1
 def test_the_search_is_that_of_the_core(parts, share, forecast, guess, method):
     from st3core.reference import position
     from st3core.search import tensor_units
