@@ -1,8 +1,9 @@
 """Accuracy on handwritten digits through Keras, on each of its backends, beside the PyTorch adapter.
 
-Each network is trained by ``examples/digits_keras.py`` in a process of its own, which chooses the backend. The PyTorch
-adapter's figures are those that ``python -m benchmarks.accuracy`` has written, with the same seeds and so the same
-split of the images. Run it from the repository's root: ``python -m benchmarks.accuracy_keras``.
+The network and the recipe are those of ``examples/digits_keras.py``, each run in a process of its own, which chooses
+the backend. The PyTorch adapter's figures are those that ``python -m benchmarks.accuracy`` has written. Both sides have
+the same split of the images, the same first weights, layouts transposed, and the same batches in the same order. Run it
+from the repository's root: ``python -m benchmarks.accuracy_keras``.
 """
 
 import argparse
@@ -18,48 +19,68 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from benchmarks.accuracy import Result, summarize
 from benchmarks.options import require_one
+from examples.digits import Network, load_data
 
 BACKENDS = ("tensorflow", "jax", "torch")
-METHODS = ("st3", "st3_sigma")
-ROWS = ("dense", *METHODS)
+ROWS = ("dense", "st3", "st3_sigma")
 PYTORCH = Path("benchmarks/results/accuracy.json")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 
 
 class Job(NamedTuple):
-    """One process: a sparse network and its dense twin."""
+    """One network, trained in a process of its own."""
 
     backend: str
     method: str
     seed: int
 
 
-def measure(job: Job, settings: dict[str, Any]) -> list[Result]:
-    """Run the example; the dense twin is the same for all methods, so it counts with the first one."""
-    with TemporaryDirectory() as folder:
-        options = {"method": job.method, "seed": job.seed, "out": folder, **settings}
-        command = [sys.executable, "examples/digits_keras.py"]
-        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        environment = {**os.environ, **ONE_THREAD, "KERAS_BACKEND": job.backend}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if finished.returncode:
-            raise RuntimeError(f"{' '.join(command)} on {job.backend} failed:\n{finished.stderr}")
-        figures = json.loads((Path(folder) / "digits.json").read_text())
-    accuracy = figures["accuracy"]
-    sparse = Result(job.method, job.seed, accuracy["sparse"], figures["report"]["sparsity"])
-    return [sparse, Result("dense", job.seed, accuracy["dense"], 0.0)][: 2 if job.method == METHODS[0] else 1]
+def write_start(path: Path, seed: int, epochs: int) -> None:
+    """Write what a run of ``examples/digits.py`` begins with: its first weights, and the order of each epoch.
+
+    Args:
+        path: of the file for :mod:`benchmarks.keras_twin`; weights have the layout of Keras.
+        seed: of the run.
+        epochs: passes over the training images.
+    """
+    images = len(load_data(seed).train_labels)
+    torch.manual_seed(seed)
+    first = [_as_in_keras(parameter.detach().numpy()) for parameter in Network().parameters()]
+    shuffle = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(images, generator=shuffle).numpy() for _ in range(epochs)]
+    np.savez(path, orders, *first)
 
 
-def measure_all(jobs: list[Job], settings: dict[str, Any], workers: int) -> Iterator[tuple[str, list[Result]]]:
-    """Backend and results of each job, as they come."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending = {pool.submit(measure, job, settings): job.backend for job in jobs}
+def _as_in_keras(weight: np.ndarray) -> np.ndarray:
+    return weight.transpose({4: (2, 3, 1, 0), 2: (1, 0)}.get(weight.ndim, (0,)))
+
+
+def measure(job: Job, settings: dict[str, Any], start: Path) -> Result:
+    """Train one network."""
+    own = json.dumps({"method": job.method, "seed": job.seed, **settings})
+    command = [sys.executable, "-m", "benchmarks.keras_twin", str(start), own]
+    environment = {**os.environ, **ONE_THREAD, "KERAS_BACKEND": job.backend}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command)} on {job.backend} failed:\n{finished.stderr}")
+    return Result(job.method, job.seed, *json.loads(finished.stdout.splitlines()[-1]))
+
+
+def measure_all(jobs: list[Job], settings: dict[str, Any], workers: int) -> Iterator[tuple[str, Result]]:
+    """Backend and result of each job, as they come."""
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        starts = {seed: Path(folder) / f"{seed}.npz" for seed in {job.seed for job in jobs}}
+        for seed, path in starts.items():
+            write_start(path, seed, settings["epochs"])
+        pending = {pool.submit(measure, job, settings, starts[job.seed]): job.backend for job in jobs}
         for future in as_completed(pending):
             yield pending[future], future.result()
 
@@ -122,10 +143,10 @@ def main() -> None:
     settings = {"sparsity": options.sparsity, "epochs": options.epochs}
     with_seeds = {**settings, "seeds": options.seeds}
     pytorch = pytorch_figures(with_seeds)
-    jobs = [Job(b, m, seed) for m in METHODS for seed in range(options.seeds) for b in BACKENDS]
+    jobs = [Job(b, m, seed) for m in ROWS for seed in range(options.seeds) for b in BACKENDS]
     results: dict[str, list[Result]] = {backend: [] for backend in BACKENDS}
     for backend, found in track(measure_all(jobs, settings, options.workers), "training", total=len(jobs)):
-        results[backend] += found
+        results[backend].append(found)
     keras = {
         backend: {m: compare(summarize(results[backend], m), pytorch[m], options.seeds) for m in ROWS}
         for backend in BACKENDS

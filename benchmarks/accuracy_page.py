@@ -32,15 +32,20 @@ Measured with {versions}.
 
 ## Keras beside the PyTorch adapter
 
-The same network through `examples/digits_keras.py`, on each backend, with the same seeds and so the same split of the
-images. First weights and batches are drawn by other generators. The last column is the difference from the PyTorch
-adapter in standard errors of the difference.
+The same network through `examples/digits_keras.py`, on each backend: the same split of the images, the same first
+weights, and the same batches in the same order. The last column is the difference from the PyTorch adapter in standard
+errors of the difference.
 
 {keras}
 
 Of these {pairs} differences {within} are within one standard error, and {beyond} beyond two. The largest
 is {sparse:.2f} standard errors for the sparse networks, and {dense:.2f} for the dense one, in which this library has no
 part. {seeds} seeds are too few to see a difference of less than about one percent.
+
+From the same start, rounding alone leads two training runs to other weights, and three habits of the frameworks differ.
+Gradients are clipped with the penalty in them in Keras, and before weight decay in PyTorch; the learning rate scales
+what is added to the velocity in Keras, and the velocity itself in PyTorch; and the running variances of batch
+normalization are unbiased in PyTorch only.
 
 Measured with {keras_versions}.
 

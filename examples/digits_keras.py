@@ -129,9 +129,10 @@ def make_network(seed: int) -> keras.Model:
     return keras.Sequential([keras.Input((8, 8, 1)), *blocks, *last], name="digits")
 
 
-def train(model: keras.Model, data: Digits, settings: Settings, name: str, *callbacks: Any) -> dict[str, list[float]]:
+def train(
+    model: keras.Model, batches: Batches, settings: Settings, name: str, *callbacks: Any
+) -> dict[str, list[float]]:
     """Train the network by ``fit``, with or without a sparsifier among the callbacks."""
-    batches = Batches(data, settings.seed)
     show = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: print(
             f"\r{name} {epoch + 1}/{settings.epochs}  "
@@ -140,16 +141,15 @@ def train(model: keras.Model, data: Digits, settings: Settings, name: str, *call
             flush=True,
         )
     )
-    test = data.test_images, data.test_labels
+    test, epochs = (batches.data.test_images, batches.data.test_labels), settings.epochs
     history = model.fit(
-        batches, epochs=settings.epochs, validation_data=test, callbacks=[*callbacks, show], verbose=0
+        batches, epochs=epochs, validation_data=test, callbacks=[*callbacks, show], shuffle=False, verbose=0
     ).history
     return {key: [float(value) for value in values] for key, values in history.items()}
 
 
-def compiled(model: keras.Model, data: Digits, settings: Settings) -> keras.Model:
-    """The network with its recipe: momentum, cosine annealing, gradients clipped."""
-    steps = settings.epochs * len(Batches(data, settings.seed))
+def compiled(model: keras.Model, steps: int) -> keras.Model:
+    """The network with its recipe for so many steps: momentum, cosine annealing, gradients clipped."""
     rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
     optimizer = keras.optimizers.SGD(rate, MOMENTUM, global_clipnorm=GRADIENT_NORM)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -159,18 +159,20 @@ def compiled(model: keras.Model, data: Digits, settings: Settings) -> keras.Mode
 
 def train_sparse(data: Digits, settings: Settings) -> SparseRun:
     """Train with zeros that spread from 5 % to 50 % of the steps; the model returned is an ordinary one."""
-    model, steps = make_network(settings.seed), settings.epochs * len(Batches(data, settings.seed))
+    model, batches = make_network(settings.seed), Batches(data, settings.seed)
+    steps = settings.epochs * len(batches)
     schedule = PolynomialSchedule(settings.sparsity, begin_step=steps // 20, end_step=steps // 2)
-    sparsifier = Sparsifier(compiled(model, data, settings), schedule, settings.method)
-    history = train(model, data, settings, "sparse", sparsifier)
+    sparsifier = Sparsifier(compiled(model, steps), schedule, settings.method)
+    history = train(model, batches, settings, "sparse", sparsifier)
     report = sparsifier.report(data.test_images[:1])
     return SparseRun(sparsifier.finalize(), history, report)
 
 
 def train_dense(data: Digits, settings: Settings) -> Run:
     """Train the twin: same first weights, same batches, same recipe."""
-    model = compiled(make_network(settings.seed), data, settings)
-    return Run(model, train(model, data, settings, "dense"))
+    batches = Batches(data, settings.seed)
+    model = compiled(make_network(settings.seed), settings.epochs * len(batches))
+    return Run(model, train(model, batches, settings, "dense"))
 
 
 def save_and_reload(model: keras.Model, data: Digits, path: Path) -> None:

@@ -57,6 +57,7 @@ def quantile(magnitudes: FloatArray, sparsity: float) -> tuple[float, float, flo
     return e1, e2, e1 + fraction * (e2 - e1) if fraction else e1
 
 
+@np.errstate(over="ignore")  # to infinity, which the first loop brings back
 def tensor_threshold(dtype: np.dtype[Any], unit: float, e1: float, e2: float, value: float) -> float:
     """Threshold of one tensor in its own units (equation 2c).
 
@@ -68,8 +69,7 @@ def tensor_threshold(dtype: np.dtype[Any], unit: float, e1: float, e2: float, va
         return float(magnitude(weight, unit))
 
     threshold = value * float(compute_dtype(dtype).type(unit))
-    with np.errstate(over="ignore"):  # to infinity, which the loop brings back
-        rounded = np.asarray(threshold, np.float64).astype(dtype)[()]
+    rounded = np.asarray(threshold, np.float64).astype(dtype)[()]
     while score(rounded) > e1 and (score(rounded) >= e2 or e1 == e2):
         rounded = np.nextafter(rounded, dtype.type(0))
         threshold = float(rounded)

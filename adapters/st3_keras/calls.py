@@ -1,6 +1,7 @@
 """How a function of the host takes part in a step of each backend, on the memory of the weights where it is."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import prod
 from threading import Lock
@@ -12,13 +13,16 @@ from numpy.typing import NDArray
 from st3_keras.backend import dtype_name
 
 State = tuple[np.ndarray, np.ndarray, np.ndarray]
-OnHost = Callable[[int, State, NDArray[np.int64]], State]
-"""From the step and the state so far, and the addresses of all sources and targets, to the new state.
+OnHost = Callable[[bool, int, State, NDArray[np.int64]], State]
+"""From whether weights are frozen, the step, the state and the addresses of sources and targets, to the new state.
 
 Addresses are int64 of shape ``(2, n)``: read from the first row, write to the second; C-contiguous memory."""
 
 _PACKED_BELOW = 1 << 14
 """Elements below which a tensor is packed with others."""
+
+_STACKED_FROM = 4
+"""Tensors with equal rows from which on they get a pack of their own, which has its price too."""
 
 _ALIGNMENT = 64
 """Bytes; TensorFlow takes over memory that starts at a multiple of it, and copies any other."""
@@ -47,31 +51,8 @@ def on_torch_tensors(
             target.copy_(result)
 
 
-def in_jax_step(on_host: OnHost, step: Any, state: Sequence[Any], sources: Sequence[Any]) -> tuple[list[Any], Any]:
-    """New state and targets, within a compiled function; large tensors without a copy."""
-    import jax
-    from jax.experimental.buffer_callback import buffer_callback
-
-    packs = _Packs.of(sources)
-    room = _Room()
-
-    def call(_: Any, out: Any, step: Any, state: Any, sources: Any) -> None:
-        arrays, targets = ([np.asarray(buffer) for buffer in row] for row in (sources, out[1]))
-        read, written = packs.memory(arrays, room), packs.memory(targets, room)
-        packs.together(arrays, read)
-        old = tuple(np.asarray(part) for part in state)
-        new = on_host(int(np.asarray(step)), old, packs.places(read, written))  # type: ignore[arg-type]
-        packs.apart(written, targets)
-        for target, value in zip(out[0], new, strict=True):
-            np.asarray(target)[...] = value
-
-    kinds = [[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in part] for part in (state, sources)]
-    found, targets = buffer_callback(call, kinds, vmap_method="sequential")(step, list(state), list(sources))
-    return found, targets
-
-
 def in_tensorflow_graph(
-    on_host: OnHost, step: Any, state: Sequence[Any], sources: Sequence[Any]
+    on_host: OnHost, frozen: bool, step: Any, state: Sequence[Any], sources: Sequence[Any]
 ) -> tuple[list[Any], list[Any]]:
     """New state and targets, within a graph; large tensors without a copy."""
     import tensorflow as tf
@@ -82,16 +63,22 @@ def in_tensorflow_graph(
 
     def call(step: Any, *rest: np.ndarray) -> list[np.ndarray]:
         old, read = rest[:3], rest[3:]
-        written = [room.take(pack.size, pack.dtype) for pack in read]
-        return [*on_host(int(step), old, packs.places(read, written)), *written]  # type: ignore[arg-type]
+        written = [room.take(pack.shape, pack.dtype) for pack in read]
+        return [*on_host(frozen, int(step), old, packs.places(read, written)), *written]  # type: ignore[arg-type]
 
-    flat = [tf.concat([tf.reshape(sources[kernel], [-1]) for kernel in pack], 0) for pack in packs.members]
-    types = [tf.as_dtype(x.dtype) for x in (*state, *flat)]
-    results = tf.numpy_function(call, [step, *state, *flat], types)
+    def packed(pack: list[int], rows: tuple[int, ...]) -> Any:
+        parts = [sources[kernel] for kernel in pack]
+        return tf.concat([part if part.shape[1:] == rows else tf.reshape(part, [-1, *rows]) for part in parts], 0)
+
+    joined = [packed(pack, rows) for pack, rows in zip(packs.members, packs.rows, strict=True)]
+    types = [tf.as_dtype(x.dtype) for x in (*state, *joined)]
+    results = tf.numpy_function(call, [step, *state, *joined], types)
     targets: list[Any] = [None] * len(sources)
-    for pack, own, result in zip(packs.members, packs.sizes, results[3:], strict=True):
-        for kernel, part in zip(pack, tf.split(tf.ensure_shape(result, [sum(own)]), own), strict=True):
-            targets[kernel] = tf.reshape(part, sources[kernel].shape)
+    for pack, whole, result in zip(packs.members, joined, results[3:], strict=True):
+        lengths = [prod(sources[kernel].shape) // prod(whole.shape[1:]) for kernel in pack]
+        for kernel, part in zip(pack, tf.split(tf.ensure_shape(result, whole.shape), lengths), strict=True):
+            shape = sources[kernel].shape
+            targets[kernel] = part if part.shape == shape else tf.reshape(part, shape)
     return [tf.ensure_shape(x, old.shape) for x, old in zip(results[:3], state, strict=True)], targets
 
 
@@ -100,54 +87,34 @@ class _Packs(NamedTuple):
 
     Attributes:
         members: indices of the tensors, by pack; a large one is alone in its own.
-        sizes: elements of each, by pack.
+        rows: shape of what a pack is a stack of: where it is that of the tensors' rows, they need no new shape.
         offsets: bytes from the start of its pack, for each tensor.
         pack_of: index of its pack, for each tensor.
     """
 
     members: list[list[int]]
-    sizes: list[list[int]]
+    rows: list[tuple[int, ...]]
     offsets: NDArray[np.int64]
     pack_of: NDArray[np.int64]
 
     @classmethod
     def of(cls, tensors: Sequence[Any]) -> "_Packs":
-        sizes, small, large = [prod(tensor.shape) for tensor in tensors], dict[str, list[int]](), []
-        for index, tensor in enumerate(tensors):
-            if sizes[index] < _PACKED_BELOW:
-                small.setdefault(dtype_name(tensor), []).append(index)
-            else:
-                large.append([index])
-        members = [*small.values(), *large]
+        dtypes, shapes = [dtype_name(tensor) for tensor in tensors], [tuple(tensor.shape) for tensor in tensors]
+        rows = Counter((dtype, shape[1:]) for dtype, shape in zip(dtypes, shapes, strict=True))
+        packs: dict[Any, list[int]] = {}
+        for index, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True)):
+            own = shape[1:] if rows[dtype, shape[1:]] >= _STACKED_FROM and prod(shape[1:]) else ()
+            key = (dtype, own, None) if prod(shape) < _PACKED_BELOW else (dtype, shape[1:], index)
+            packs.setdefault(key, []).append(index)
         offsets, pack_of = np.empty((2, len(tensors)), np.int64)
-        for pack, indices in enumerate(members):
-            own = [sizes[index] * np.dtype(dtype_name(tensors[index])).itemsize for index in indices]
-            offsets[indices], pack_of[indices] = np.cumsum([0, *own[:-1]]), pack
-        return cls(members, [[sizes[index] for index in indices] for indices in members], offsets, pack_of)
+        for pack, indices in enumerate(packs.values()):
+            own_bytes = [prod(shapes[index]) * np.dtype(dtypes[index]).itemsize for index in indices]
+            offsets[indices], pack_of[indices] = np.cumsum([0, *own_bytes[:-1]]), pack
+        return cls(list(packs.values()), [key[1] for key in packs], offsets, pack_of)
 
     def places(self, read: Sequence[np.ndarray], written: Sequence[np.ndarray]) -> NDArray[np.int64]:
         """Addresses of all sources and targets in these packs."""
         return addresses(read, written)[:, self.pack_of] + self.offsets
-
-    def memory(self, arrays: Sequence[np.ndarray], room: "_Room") -> list[np.ndarray]:
-        """A flat array for each pack: new memory, or the array itself where it is alone."""
-        return [
-            arrays[pack[0]].reshape(-1) if len(pack) == 1 else room.take(sum(sizes), arrays[pack[0]].dtype)
-            for pack, sizes in zip(self.members, self.sizes, strict=True)
-        ]
-
-    def together(self, arrays: Sequence[np.ndarray], packed: Sequence[np.ndarray]) -> None:
-        """Copy arrays into packs."""
-        for pack, flat in zip(self.members, packed, strict=True):
-            if len(pack) > 1:
-                np.concatenate([arrays[index].reshape(-1) for index in pack], out=flat)
-
-    def apart(self, packed: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:
-        """Copy packs back to the arrays that they are made of."""
-        for pack, sizes, flat in zip(self.members, self.sizes, packed, strict=True):
-            if len(pack) > 1:
-                for index, part in zip(pack, np.split(flat, np.cumsum(sizes[:-1])), strict=True):
-                    np.copyto(targets[index], part.reshape(targets[index].shape))
 
 
 class _Room:
@@ -157,9 +124,9 @@ class _Room:
         self._buffers: list[np.ndarray] = []
         self._lock = Lock()
 
-    def take(self, size: int, dtype: np.dtype[Any]) -> np.ndarray:
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """An uninitialised array, aligned."""
-        needed = size * dtype.itemsize
+        needed = prod(shape) * dtype.itemsize
         with self._lock:
             for index in range(len(self._buffers)):
                 free = _references(self._buffers, index) == _UNUSED
@@ -169,7 +136,7 @@ class _Room:
                 index = len(self._buffers)
                 self._buffers.append(np.empty(needed + _ALIGNMENT, np.uint8))
             start = -_address(self._buffers[index]) % _ALIGNMENT
-            return self._buffers[index][start : start + needed].view(dtype)
+            return self._buffers[index][start : start + needed].view(dtype).reshape(shape)
 
 
 def _references(buffers: list[np.ndarray], index: int) -> int:

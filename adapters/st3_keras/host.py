@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from st3_keras.small_step import SmallStep, suits
 from st3core import PolynomialSchedule, sparsify
 from st3core.counting import ArrayCounter
 from st3core.memory import MEMORY_FORMATS
@@ -43,10 +44,11 @@ class HostStep:
         method: Method,
         schedule: PolynomialSchedule,
     ) -> None:
-        self.names, self._shapes, self._dtypes, self._axes = names, shapes, dtypes, channel_axes
-        self._method, self._schedule = method, schedule
-        self._units = tensor_units(shapes, dtypes, method)
-        self._size = sum(map(prod, shapes))
+        self.names, self.shapes, self.dtypes, self.channel_axes = names, shapes, dtypes, channel_axes
+        self.method, self.schedule = method, schedule
+        self.units = tensor_units(shapes, dtypes, method)
+        self.size = sum(map(prod, shapes))
+        self.small = SmallStep(self) if suits(self) else None
         self._forecast = Forecast()
         self._lock = Lock()  # replicas of a distributed step may come at once
         self._addresses = self._placed = _NOWHERE
@@ -70,6 +72,9 @@ class HostStep:
         Raises:
             ValueError: a weight is NaN or infinite; the message names it. Nothing has been written.
         """
+        small = self.small(step, applied, last, addresses) if self.small else None
+        if small is not None:
+            return small
         with self._lock:
             self._place(addresses)
             found = self._search(step) if self.is_due(step, applied) else last
@@ -78,7 +83,7 @@ class HostStep:
 
     def is_due(self, step: int, applied: int) -> bool:
         """Whether the schedule has an update after ``step`` steps, and the last search was for an earlier one."""
-        return step > applied and self._schedule.is_update_step(step)
+        return step > applied and self.schedule.is_update_step(step)
 
     def find(self, step: int, addresses: NDArray[np.int64]) -> Found:
         """The search alone, for the sparsity after ``step`` steps."""
@@ -94,17 +99,17 @@ class HostStep:
 
     def exact_thresholds(self, step: int, magnitudes: Sequence[float]) -> NDArray[np.float64]:
         """Threshold of every kernel in float64 after a search for ``step`` that found these magnitudes (equation 2)."""
-        return thresholds_between(magnitudes, self._schedule(step), self._size, self._units, self._dtypes)
+        return thresholds_between(magnitudes, self.schedule(step), self.size, self.units, self.dtypes)
 
     def rounded(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
         """Each rounded once to its kernel's dtype, by NumPy: backends go to half precision through float32."""
         with np.errstate(over="ignore"):
-            values = [t.astype(dtype).astype(np.float64) for t, dtype in zip(thresholds, self._dtypes, strict=True)]
+            values = [t.astype(dtype).astype(np.float64) for t, dtype in zip(thresholds, self.dtypes, strict=True)]
         return np.array(values)
 
     def _search(self, step: int) -> Found:
         assert self._counter is not None
-        magnitudes = neighbouring_magnitudes(self._counter, self._schedule(step), self._forecast)
+        magnitudes = neighbouring_magnitudes(self._counter, self.schedule(step), self._forecast)
         return self.rounded(self.exact_thresholds(step, magnitudes)), np.array(magnitudes)
 
     def _write(self, limits: np.ndarray) -> None:
@@ -112,14 +117,14 @@ class HostStep:
             operator(limits[members].astype(dtype))
         for kernel in self._others:
             weight, output = (self._array(row, kernel) for row in (0, 1))
-            axes = self._axes[kernel]
-            sparsify(weight, float(limits[kernel]), self._method, channel_axis=axes, out=output, check_finite=False)
+            axes = self.channel_axes[kernel]
+            sparsify(weight, float(limits[kernel]), self.method, channel_axis=axes, out=output, check_finite=False)
 
     def _place_sources(self, addresses: NDArray[np.int64]) -> None:
         """Let the search see the raw weights where they are."""
         self._addresses = addresses
         if self._counter is None:
-            self._counter = ArrayCounter(self._weights(), self._units, self.names)
+            self._counter = ArrayCounter(self._weights(), self.units, self.names)
             self._counted = addresses[0]
         if not np.array_equal(addresses[0], self._counted):
             self._counted = _NOWHERE[0]  # should this be interrupted
@@ -138,24 +143,24 @@ class HostStep:
             self._placed = addresses
 
     def _prepared(self) -> list[tuple[list[int], np.dtype[Any], PreparedOperator]]:
-        walkable = [w.size and is_walkable(w, axes) for w, axes in zip(self._weights(), self._axes, strict=True)]
+        walkable = [w.size and is_walkable(w, axes) for w, axes in zip(self._weights(), self.channel_axes, strict=True)]
         self._others = [kernel for kernel, walks in enumerate(walkable) if not walks]
         prepared = []
         for memory in MEMORY_FORMATS.values():
-            members = [k for k, dtype in enumerate(self._dtypes) if walkable[k] and dtype == memory.dtype]
+            members = [k for k, dtype in enumerate(self.dtypes) if walkable[k] and dtype == memory.dtype]
             tables = [
-                unit_table((0, 0), memory.dtype.itemsize, self._shapes[k], self._axes[k], place)
+                unit_table((0, 0), memory.dtype.itemsize, self.shapes[k], self.channel_axes[k], place)
                 for place, k in enumerate(members)
             ]
             if tables:
-                prepared.append((members, memory.compute, PreparedOperator(tables, memory, self._method)))
+                prepared.append((members, memory.compute, PreparedOperator(tables, memory, self.method)))
         return prepared
 
     def _weights(self) -> list[np.ndarray]:
         return [self._array(0, kernel) for kernel in range(len(self.names))]
 
     def _array(self, row: int, kernel: int) -> np.ndarray:
-        shape, dtype = self._shapes[kernel], self._dtypes[kernel]
+        shape, dtype = self.shapes[kernel], self.dtypes[kernel]
         if not prod(shape):
             return np.empty(shape, dtype)
         size = prod(shape) * dtype.itemsize

@@ -62,6 +62,12 @@ class Plan:
         shapes = [tuple(v.shape) for v in raw]
         self.host = HostStep(self.names, shapes, dtypes, self.channel_axes, self.method, self.schedule)
         self.local = are_local(raw)
+        self.xla_step: Any = None
+        if BACKEND == "jax" and self.local:
+            from st3_keras.xla_step import XlaStep, is_available
+
+            self.local = is_available()
+            self.xla_step = XlaStep(self.host, self._on_host)
 
     def readable(self, place: int) -> Any:
         """A kernel's raw weight for the logged loss; JAX can read it within a step of ``fit`` only."""
@@ -105,8 +111,8 @@ class Plan:
             self._write_inside(raw, limits)
             return limits, *others
         if is_traced(raw):
-            within = {"jax": calls.in_jax_step, "tensorflow": calls.in_tensorflow_graph}[BACKEND]
-            new, forward = within(partial(self._on_host, self.frozen), step, state, raw)
+            within = self.xla_step or partial(calls.in_tensorflow_graph, self._on_host)
+            new, forward = within(self.frozen, step, state, raw)
             self.assign(forward)
             return list(new)
         known = [constant(part) for part in state]

@@ -1,10 +1,11 @@
 """Sparse training of a Keras model."""
 
+import gc
 import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeGuard
 
 import keras
 import numpy as np
@@ -21,6 +22,9 @@ from st3core import PolynomialSchedule
 from st3core._state import schedule_state
 from st3core.method import Method, get_method
 from st3core.report import LayerReport, Report
+
+_trainers: "weakref.WeakValueDictionary[int, Sparsifier]" = weakref.WeakValueDictionary()
+"""Who trains each sparsified variable, by its id."""
 
 
 class Sparsifier(keras.callbacks.Callback):
@@ -46,7 +50,7 @@ class Sparsifier(keras.callbacks.Callback):
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: ``method`` is unknown, a path or pattern matches no kernel, nothing is left to sparsify, a weight
-            is NaN or infinite, or the model is sparsified already.
+            is NaN or infinite, the model is sparsified already, or a kernel belongs to another model too that is.
 
     References:
         ST-3, arXiv 2212.01076.
@@ -140,6 +144,7 @@ class Sparsifier(keras.callbacks.Callback):
         if self._sparse is not None and (optimizer is self._sparse or self._given is not None):
             return
         kernels, skipped = find_kernels(model, *self._rules)
+        self._check_nobody_else_trains(kernels)
         self._check_weights(kernels)
         if isinstance(optimizer, SparseOptimizer):
             self._take_over(optimizer, kernels)
@@ -156,6 +161,7 @@ class Sparsifier(keras.callbacks.Callback):
                 made.start()
             self._put(holder, made)
         self._kernels, self._skipped = kernels, skipped
+        _trainers.update({id(kernel.variable): self for kernel in kernels})
         if self._given is None and self._sparse is not None:
             self._sparse.plan.model = weakref.ref(model)
         self._let_jax_read_raw()
@@ -228,6 +234,23 @@ class Sparsifier(keras.callbacks.Callback):
                 "train it now; let the layer train again, or finalize() before you freeze layers, call enable_lora() "
                 "or quantize()"
             )
+
+    def _check_nobody_else_trains(self, kernels: Sequence[Kernel]) -> None:
+        for kernel in kernels:
+            if self._is_another(_trainers.get(id(kernel.variable))):
+                gc.collect()  # it may only wait for that
+            other = _trainers.get(id(kernel.variable))
+            if self._is_another(other):
+                raise ValueError(
+                    f"Sparsifier: {kernel.name} is trained sparse already, by the Sparsifier of the model "
+                    f"{other._model.name!r}; finalize that one first, or exclude this variable"
+                )
+
+    def _is_another(self, other: "Sparsifier | None") -> TypeGuard["Sparsifier"]:
+        """Whether it is another Sparsifier, whose training goes on."""
+        if other is None or other is self or other._finalized or other._sparse is None:
+            return False
+        return other._model is not self._model and other._sparse.plan.is_in_use()
 
     def _check_same_kernels(self, kernels: Sequence[Kernel]) -> None:
         known = {id(kernel.variable) for kernel in self._kernels}

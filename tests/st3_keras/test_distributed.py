@@ -6,9 +6,11 @@ import pytest
 
 from tests.st3_keras.networks import BACKEND
 
-KINDS = {"tensorflow": ["mirrored"], "jax": ["data_parallel", "model_parallel"], "torch": ["data_parallel_torch"]}[
-    BACKEND
-]
+KINDS = {
+    "tensorflow": ["mirrored", "mirrored_average"],
+    "jax": ["data_parallel", "model_parallel"],
+    "torch": ["data_parallel_torch"],
+}[BACKEND]
 
 
 @pytest.mark.parametrize("kind", KINDS)

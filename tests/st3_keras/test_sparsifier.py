@@ -560,3 +560,32 @@ def test_a_graph_that_needs_overwritten_weights_notices():
     sp.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         outputs.sum().backward()
+
+
+def test_two_models_cannot_both_train_a_kernel_that_they_share():
+    shared = layers.Dense(4, name="shared")
+    models = [keras.Sequential([keras.Input((4,)), shared, layers.Dense(2)], name=name) for name in ("one", "two")]
+    for model in models:
+        model.compile("sgd", "mse")
+    first = Sparsifier(models[0], ramp())
+    with pytest.raises(
+        ValueError, match="shared/kernel is trained sparse already, by the Sparsifier of the model 'one'"
+    ):
+        Sparsifier(models[1], ramp())
+    assert len(Sparsifier(models[1], ramp(), exclude="*shared*").thresholds) == 1
+    with pytest.warns(UserWarning, match="the schedule ends"):
+        first.finalize()
+    models[1].compile("sgd", "mse")
+    assert len(Sparsifier(models[1], ramp()).thresholds) == 2
+
+
+def test_a_shared_kernel_is_free_once_the_other_model_is_gone():
+    shared = layers.Dense(4, name="shared")
+
+    def sparsified():
+        model = keras.Sequential([keras.Input((4,)), shared, layers.Dense(2)])
+        model.compile("sgd", "mse")
+        return Sparsifier(model, ramp())
+
+    for _ in range(2):
+        assert len(sparsified().thresholds) == 2
