@@ -109,7 +109,7 @@ def _make_copyable(module: nn.Module) -> None:
     if "_plain_deepcopy" not in vars(injected):
         injected._plain_deepcopy = injected.__deepcopy__
         injected.__reduce_ex__ = _reduce
-        injected.__deepcopy__ = _deepcopy
+        injected.__deepcopy__, injected.__copy__ = _deepcopy, _copy
         follow_parametrizations(module)
     for name in _our_tensors(module):
         setattr(injected, name, _with_shortcut(name, vars(injected)[name]))
@@ -120,7 +120,7 @@ def _make_plain(module: nn.Module) -> None:
     injected: Any = type(module)
     if "_plain_deepcopy" in vars(injected) and not _our_tensors(module):
         injected.__deepcopy__ = injected._plain_deepcopy
-        del injected._plain_deepcopy, injected.__reduce_ex__
+        del injected._plain_deepcopy, injected.__reduce_ex__, injected.__copy__
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -210,6 +210,15 @@ def _reduce(self: nn.Module, protocol: int) -> Any:
         return object.__reduce_ex__(self, protocol)  # PyTorch refuses it
     base = parametrize.type_before_parametrizations(self)
     return _new, (base,), _state(self), None, None, _restore
+
+
+def _copy(self: nn.Module) -> nn.Module:
+    """A module of its own with the same tensors and submodules, as :func:`copy.copy` makes of any module."""
+    if not _only_ours(self):
+        raise TypeError("copy: a module that is parametrized otherwise too cannot be copied; use copy.deepcopy")
+    replica = _new(parametrize.type_before_parametrizations(self))
+    _restore(replica, _state(self))
+    return replica
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

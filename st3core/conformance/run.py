@@ -229,6 +229,7 @@ def check_backend(
         ValueError: an argument is not valid.
 
     Examples:
+        >>> from st3core.conformance import NumpyBackend
         >>> check_backend(NumpyBackend(), max_examples=5, properties=["forward_is_zero_up_to_the_threshold"])
     """
 

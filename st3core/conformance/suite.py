@@ -19,6 +19,7 @@ class BackendConformance:
     ``st3core.conformance.pytest_plugin`` go before these attributes.
 
     Examples:
+        >>> from st3core.conformance import NumpyBackend
         >>> class TestNumpy(BackendConformance):
         ...     backend = NumpyBackend()
     """

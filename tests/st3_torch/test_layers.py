@@ -346,3 +346,13 @@ def test_hooks_on_kernels_that_took_no_part_are_not_called():
         kernel.register_post_accumulate_grad_hook(lambda tensor, name=name: calls.append((name, "accumulated")))
     model(torch.ones(1, 3)).sum().backward()
     assert calls == [("used", True), ("used", "accumulated")]
+
+
+@several_kernels
+def test_shallow_copies_share_their_weights(make):
+    layer = seeded(make)
+    sp = Sparsifier(layer, ramp(0.6, end=0))
+    sp.step()
+    copied = copy.copy(layer)
+    assert torch.equal(run(copied), run(layer))
+    assert [id(p) for p in copied.parameters()] == [id(p) for p in layer.parameters()]
