@@ -10,6 +10,9 @@ from torch import nn
 
 from benchmarks.grid import Grid, number, with_spread
 from benchmarks.network import resnet50, small_layers
+from benchmarks.shapes import he_normal
+from benchmarks.shapes import resnet50 as shapes
+from benchmarks.step import copy, read
 from benchmarks.timing import Call, Row, Seconds, alternating, quartiles, ratios
 from st3_torch import PolynomialSchedule, Sparsifier
 from st3core import kernels
@@ -28,7 +31,7 @@ def measure(sparsity: float, rounds: int) -> dict[str, Any]:
     small_steps = _steps(small_layers, vectors, classes, sparsity)
     small = alternating(small_steps, blocks, repeats=_BLOCK)
     return {
-        RESNET: {"rounds": pairs, "calls_a_round": 1, **_figures(large)},
+        RESNET: {"rounds": pairs, "calls_a_round": 1, **_figures(large), "floor": _floor(pairs)},
         SMALL: {
             "rounds": blocks,
             "calls_a_round": _BLOCK,
@@ -46,13 +49,15 @@ def grids(figures: dict[str, Any]) -> list[Grid]:
         (name, with_spread(own["ratio"]), with_spread(own["added_microseconds"]), number(own["dense_milliseconds"]))
         for name, own in figures.items()
     )
-    own, heads = figures[SMALL], ("", "median, µs on this machine")
+    large, own, heads = figures[RESNET], figures[SMALL], ("", "median, µs on this machine")
+    floor = ((n, number(ms), f"{100 * ms / large['dense_milliseconds']:.1f} %") for n, ms in large["floor"].items())
     tables = {
         "Where the added time of the small layers goes": own["phases"],
         "What this library does there": own["parts"],
     }
     return [
         Grid("A training step in PyTorch", columns, tuple(rows)),
+        Grid("The floor of the ResNet-50's step", ("", "ms on this machine", "of its dense step"), tuple(floor)),
         *(
             Grid(title, heads, tuple((name, number(value)) for name, value in table.items()))
             for title, table in tables.items()
@@ -102,6 +107,13 @@ def _figures(seconds: Seconds) -> dict[str, float | Row]:
         "added_microseconds": quartiles(1e6 * added),
         "dense_milliseconds": 1e3 * float(np.median(seconds["dense"])),
     }
+
+
+def _floor(rounds: int) -> dict[str, float]:
+    """Median milliseconds of the two passes over the kernels that no sparse step can do without."""
+    flat = np.concatenate([weight.ravel() for weight in he_normal(shapes())])
+    calls = {"reading all kernels once": read(flat), "copying them once": copy(flat, np.empty_like(flat))}
+    return {name: 1e3 * float(np.median(seconds)) for name, seconds in alternating(calls, rounds).items()}
 
 
 def _phases(sparsity: float, inputs: torch.Tensor, labels: torch.Tensor, rounds: int) -> dict[str, float]:
