@@ -1,0 +1,165 @@
+"""Break the core in many small ways, one at a time, and see whether its tests notice.
+
+Run it from the repository's root: ``make mutation``, in an environment that has the extra ``mutation``. It writes
+``benchmarks/results/mutation.json`` and ``docs/mutation.md``, and changes a copy of the project only.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import machine, mutants, mutation_page
+from benchmarks.mutation_page import PAGE, RESULTS
+from benchmarks.options import require_one
+
+ROOT = Path(__file__).parent.parent
+
+MODULES = (
+    "reference", "search", "counting", "kernels", "operators", "schedule", "method", "memory", "threads", "report",
+    "spool", "_validation", "_state",
+)  # fmt: skip
+
+SLOW = ("test_operators.py", "test_search.py")
+"""Tests that come last, but where they are named after the module."""
+
+LEFT_OUT = "tests/st3core/test_search.py::test_a_good_forecast_settles_the_matter_in_one_look"
+"""As long as all others together without compilation; test_counter.py asks the same of a faster counter."""
+
+MEMORY = 6 << 30
+"""Bytes that a test run may take: a mutant may ask for any number."""
+
+ENVIRONMENT = {"NUMBA_DISABLE_JIT": "1", "NUMBA_NUM_THREADS": "2", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@contextmanager
+def working_copy() -> Iterator[Path]:
+    """A copy of the project that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "_build", "runs")
+        yield Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=ignored))
+
+
+def arguments(module: str, copy: Path) -> list[str]:
+    """Of pytest: the tests named after the module, then all others of the core, the slow ones last."""
+    own = f"test_{module.lstrip('_')}.py"
+    files = sorted((copy / "tests/st3core").glob("test_*.py"), key=lambda p: (p.name != own, p.name in SLOW, p.name))
+    examples = (f"st3core/{name}.py" for name in sorted(MODULES, key=lambda name: name != module))
+    paths = [*examples, *(str(p.relative_to(copy)) for p in files)]
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-profile", "mutation"]
+    return [*options, "--deselect", LEFT_OUT, *paths]
+
+
+def test(module: str, copy: Path, limit: float) -> dict[str, Any]:
+    """Outcome of the tests as they find the copy: ``survived``, ``killed`` or ``timeout``, and what failed first."""
+    command = [sys.executable, "-m", "pytest", *arguments(module, copy)]
+    path = os.pathsep.join([str(copy), str(copy / "adapters")])
+    environment, start = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}, time.perf_counter()
+    run = subprocess.Popen(
+        command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = run.communicate(timeout=limit)
+        outcome, by = ("killed", _first_failure(output)) if run.returncode else ("survived", "")
+    except subprocess.TimeoutExpired:
+        outcome, by = "timeout", ""
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+    return {"outcome": outcome, "by": by, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _first_failure(output: str) -> str:
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    return found[1] if found else "the interpreter"  # which it took along
+
+
+def verdict(mutant: mutants.Mutant, copy: Path, limit: float) -> dict[str, Any]:
+    """The mutant and what became of it."""
+    file = copy / f"st3core/{mutant.module}.py"
+    source = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(mutant.apply(source), encoding="utf-8")
+        return {**mutant._asdict(), **test(mutant.module, copy, limit)}
+    finally:
+        file.write_text(source, encoding="utf-8")
+
+
+def known() -> dict[str, dict[str, Any]]:
+    """Mutants that the last run killed."""
+    if not RESULTS.exists():
+        return {}
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["mutants"]
+    return {_name(row): row for row in rows if row["outcome"] != "survived"}
+
+
+def _name(row: dict[str, Any]) -> str:
+    return json.dumps([row[field] for field in ("module", "operator", "line", "before", "after")])
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draw the sample, test every mutant, and save after each."""
+    paths = {module: ROOT / f"st3core/{module}.py" for module in MODULES}
+    drawn, places = mutants.sample(paths, options.sample, options.least)
+    done = known() if options.survivors else {}
+    with working_copy() as copy:
+        whole = test("", copy, 3600)
+        if whole["outcome"] != "survived":
+            raise RuntimeError(f"run: the tests must pass without a mutant, but {whole['by']} fails")
+        setting = {**machine.describe(), "commit": _commit(), "seconds": whole["seconds"], "places": places}
+        figures: dict[str, Any] = {"setting": setting, "mutants": []}
+        for mutant in track(drawn, "Mutants", console=Console(stderr=True)):
+            row = mutant._asdict()
+            limit = options.patience * whole["seconds"]
+            figures["mutants"].append(done.get(_name(row)) or verdict(mutant, copy, limit))
+            options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _commit() -> str:
+    asked = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "st3core"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--sample", type=int, default=180, help="mutants, of all modules in proportion to their places")
+    parser.add_argument("--least", type=int, default=4, help="mutants of each module at least")
+    parser.add_argument("--patience", type=float, default=4, help="how many times as long as usual a run may take")
+    parser.add_argument("--survivors", action="store_true", help="only those that the last run did not kill")
+    parser.add_argument("--page-only", action="store_true", help="make the page anew from the results that are there")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file to write the results to")
+    options = parser.parse_args()
+    require_one(parser, options, ("sample", "least", "patience"))
+    return options
+
+
+def main() -> None:
+    """Run, save, and write the page."""
+    options = parse_arguments()
+    if not options.page_only:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        run(options)
+    figures = json.loads(options.out.read_text(encoding="utf-8"))
+    PAGE.write_text(mutation_page.page(figures), encoding="utf-8")
+    mutation_page.module_grid(figures).print(Console(width=120))
+
+
+if __name__ == "__main__":
+    main()
