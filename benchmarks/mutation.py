@@ -17,15 +17,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks import machine, mutants, mutation_page
 from benchmarks.mutation_page import PAGE, RESULTS
 from benchmarks.options import require_one
+from tests import conftest as conftest  # for its profiles
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +46,12 @@ LEFT_OUT = "tests/st3core/test_search.py::test_a_good_forecast_settles_the_matte
 MEMORY = 6 << 30
 """Bytes that a test run may take: a mutant may ask for any number."""
 
-ENVIRONMENT = {"NUMBA_DISABLE_JIT": "1", "NUMBA_NUM_THREADS": "2", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+ENVIRONMENT = {
+    "NUMBA_DISABLE_JIT": "1",
+    "NUMBA_NUM_THREADS": "2",
+    "PYTHONHASHSEED": "0",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 
 
 @contextmanager
@@ -122,18 +130,27 @@ def run(options: argparse.Namespace) -> None:
         whole = test("", copy, 3600)
         if whole["outcome"] != "survived":
             raise RuntimeError(f"run: the tests must pass without a mutant, but {whole['by']} fails")
-        setting = {**machine.describe(), "commit": _commit(), "seconds": whole["seconds"], "places": places}
+        setting = {**_describe(options), "seconds": whole["seconds"], "places": places}
         figures: dict[str, Any] = {"setting": setting, "mutants": []}
         for mutant in track(drawn, "Mutants", console=Console(stderr=True)):
-            row = mutant._asdict()
-            limit = options.patience * whole["seconds"]
-            figures["mutants"].append(done.get(_name(row)) or verdict(mutant, copy, limit))
+            known_row = done.get(_name(mutant._asdict()))
+            figures["mutants"].append(known_row or verdict(mutant, copy, options.patience * whole["seconds"]))
             options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def _commit() -> str:
+def _describe(options: argparse.Namespace) -> dict[str, Any]:
+    """What the results depend on; the commit is the last one that changed the core."""
     asked = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "st3core"]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        **machine.describe(),
+        "tool": version("cosmic-ray"),
+        "commit": commit,
+        "least": options.least,
+        "patience": options.patience,
+        "examples": hypothesis.settings.get_profile("mutation").max_examples,
+        "left_out": LEFT_OUT.rpartition("::")[2],
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
