@@ -37,8 +37,8 @@ MODULES = (
     "spool", "_validation", "_state",
 )  # fmt: skip
 
-SLOW = ("test_operators.py", "test_search.py")
-"""Tests that come last, but where they are named after the module."""
+FIRST, LAST = ("test_golden.py", "test_vectors.py"), ("test_operators.py", "test_search.py")
+"""Tests that see much in little time, and tests that take long."""
 
 LEFT_OUT = "tests/st3core/test_search.py::test_a_good_forecast_settles_the_matter_in_one_look"
 """As long as all others together without compilation; test_counter.py asks the same of a faster counter."""
@@ -63,11 +63,12 @@ def working_copy() -> Iterator[Path]:
 
 
 def arguments(module: str, copy: Path) -> list[str]:
-    """Of pytest: the tests named after the module, then all others of the core, the slow ones last."""
+    """Of pytest: the tests named after the module, then all others of the core."""
     own = f"test_{module.lstrip('_')}.py"
-    files = sorted((copy / "tests/st3core").glob("test_*.py"), key=lambda p: (p.name != own, p.name in SLOW, p.name))
+    names = [path.name for path in (copy / "tests/st3core").glob("test_*.py")]
+    names.sort(key=lambda name: (name != own, name not in FIRST, name in LAST, name))
     examples = (f"st3core/{name}.py" for name in sorted(MODULES, key=lambda name: name != module))
-    paths = [*examples, *(str(p.relative_to(copy)) for p in files)]
+    paths = [*examples, *(f"tests/st3core/{name}" for name in names)]
     options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-profile", "mutation"]
     return [*options, "--deselect", LEFT_OUT, *paths]
 

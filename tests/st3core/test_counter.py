@@ -106,6 +106,16 @@ def test_a_million_weights_of_a_layer(kind, share):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_many_weights_that_are_close_together_are_counted_not_gathered(share):
+    close = 1 + np.random.default_rng(0).random(MILLION) / 256  # in one bin of the first histogram
+    counter = Hidden(np.concatenate([close, normal(1000)]))
+    rank = int(share * counter.size)
+    assert search.order_statistics(counter, rank) == counter.answer(rank)
+    assert len(counter.counted) <= 2
+    assert max(counter.gathered, default=0) <= 1000
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_more_ties_than_can_be_gathered(share):
     ties = np.full(search.CAPACITY + 1, 0.5)
     for values in (ties, np.concatenate([ties, normal(1000)]), np.concatenate([ties, ties + 1, normal(1000)])):
