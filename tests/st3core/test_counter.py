@@ -209,3 +209,15 @@ def test_a_forecast_that_is_wrong_costs_one_more_sample_at_most():
         counter = Sorted(values)
         assert search.order_statistics(counter, MILLION // 2, forecast) == counter.answer(MILLION // 2)
         assert counter.looks <= 4
+
+
+@pytest.mark.parametrize(("sampled", "scale"), [(Sorted.infinity - 1, 1e-4), (1, 1.0)])
+@pytest.mark.parametrize("size", [1000, MILLION])
+def test_a_sample_that_contradicts_what_has_been_counted_is_not_followed(sampled, scale, size):
+    forecast = search.Forecast()
+    search.order_statistics(Sorted(normal(size)), size // 2, forecast)
+    counter = Sorted(normal(size, scale=scale))
+    counter.sample = lambda count: np.full(count, sampled, np.uint32)
+    assert search.order_statistics(counter, size // 2, forecast) == counter.answer(size // 2)
+    assert counter.looks <= 3
+    assert max(counter.gathered) <= search.CAPACITY
