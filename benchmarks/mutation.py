@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ FIRST, LAST = ("test_golden.py", "test_vectors.py"), ("test_operators.py", "test
 LEFT_OUT = "tests/st3core/test_search.py::test_a_good_forecast_settles_the_matter_in_one_look"
 """As long as all others together without compilation; test_counter.py asks the same of a faster counter."""
 
+NEVER = 600
+"""Seconds after which a run is ended that does not even come to a test."""
+
 MEMORY = 6 << 30
 """Bytes that a test run may take: a mutant may ask for any number."""
 
@@ -62,7 +65,7 @@ def working_copy() -> Iterator[Path]:
         yield Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=ignored))
 
 
-def arguments(module: str, copy: Path) -> list[str]:
+def arguments(module: str, copy: Path, patience: float) -> list[str]:
     """Of pytest: the tests named after the module, then all others of the core."""
     own = f"test_{module.lstrip('_')}.py"
     names = [path.name for path in (copy / "tests/st3core").glob("test_*.py")]
@@ -70,28 +73,37 @@ def arguments(module: str, copy: Path) -> list[str]:
     examples = (f"st3core/{name}.py" for name in sorted(MODULES, key=lambda name: name != module))
     paths = [*examples, *(f"tests/st3core/{name}" for name in names)]
     options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-profile", "mutation"]
-    return [*options, "--deselect", LEFT_OUT, *paths]
+    clock = ["-o", f"faulthandler_timeout={patience}", "-o", "faulthandler_exit_on_timeout=true"]
+    return [*options, *clock, "--deselect", LEFT_OUT, *paths]
 
 
-def test(module: str, copy: Path, limit: float) -> dict[str, Any]:
+def test(module: str, copy: Path, patience: float) -> dict[str, Any]:
     """Outcome of the tests as they find the copy: ``survived``, ``killed`` or ``timeout``, and what failed first."""
-    command = [sys.executable, "-m", "pytest", *arguments(module, copy)]
-    path = os.pathsep.join([str(copy), str(copy / "adapters")])
-    environment, start = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}, time.perf_counter()
-    run = subprocess.Popen(
-        command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = run.communicate(timeout=limit)
-        outcome, by = ("killed", _first_failure(output)) if run.returncode else ("survived", "")
-    except subprocess.TimeoutExpired:
-        outcome, by = "timeout", ""
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-            run.communicate()
+    command = [sys.executable, "-m", "pytest", *arguments(module, copy, patience)]
+    start = time.perf_counter()
+    code, output = _finished(command, copy)
+    late = code is None or re.search(r"^Timeout \(", output, re.MULTILINE)
+    outcome = "timeout" if late else "killed" if code else "survived"
+    by = _first_failure(output) if outcome == "killed" else ""
     return {"outcome": outcome, "by": by, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _finished(command: list[str], copy: Path) -> tuple[int | None, str]:
+    """Exit code, None if it never ended, and output; nothing that it has started goes on."""
+    path = os.pathsep.join([str(copy), str(copy / "adapters")])
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    with tempfile.TemporaryFile("w+") as log:
+        run = subprocess.Popen(command, cwd=copy, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = run.wait(NEVER)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        log.seek(0)
+        return code, log.read()
 
 
 def _first_failure(output: str) -> str:
@@ -99,13 +111,13 @@ def _first_failure(output: str) -> str:
     return found[1] if found else "the interpreter"  # which it took along
 
 
-def verdict(mutant: mutants.Mutant, copy: Path, limit: float) -> dict[str, Any]:
+def verdict(mutant: mutants.Mutant, copy: Path, patience: float) -> dict[str, Any]:
     """The mutant and what became of it."""
     file = copy / f"st3core/{mutant.module}.py"
     source = file.read_text(encoding="utf-8")
     try:
         file.write_text(mutant.apply(source), encoding="utf-8")
-        return {**mutant._asdict(), **test(mutant.module, copy, limit)}
+        return {**mutant._asdict(), **test(mutant.module, copy, patience)}
     finally:
         file.write_text(source, encoding="utf-8")
 
@@ -124,18 +136,18 @@ def _name(row: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Draw the sample, test every mutant, and save after each."""
-    paths = {module: ROOT / f"st3core/{module}.py" for module in MODULES}
-    drawn, places = mutants.sample(paths, options.sample, options.least)
     done = known() if options.survivors else {}
     with working_copy() as copy:
-        whole = test("", copy, 3600)
+        paths = {module: copy / f"st3core/{module}.py" for module in MODULES}
+        drawn, places = mutants.sample(paths, options.sample, options.least)
+        whole = test("", copy, options.patience)
         if whole["outcome"] != "survived":
             raise RuntimeError(f"run: the tests must pass without a mutant, but {whole['by']} fails")
         setting = {**_describe(options), "seconds": whole["seconds"], "places": places}
         figures: dict[str, Any] = {"setting": setting, "mutants": []}
         for mutant in track(drawn, "Mutants", console=Console(stderr=True)):
             known_row = done.get(_name(mutant._asdict()))
-            figures["mutants"].append(known_row or verdict(mutant, copy, options.patience * whole["seconds"]))
+            figures["mutants"].append(known_row or verdict(mutant, copy, options.patience))
             options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
@@ -157,9 +169,9 @@ def _describe(options: argparse.Namespace) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     """Options from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--sample", type=int, default=180, help="mutants, of all modules in proportion to their places")
+    parser.add_argument("--sample", type=int, default=150, help="mutants, of all modules in proportion to their places")
     parser.add_argument("--least", type=int, default=4, help="mutants of each module at least")
-    parser.add_argument("--patience", type=float, default=4, help="how many times as long as usual a run may take")
+    parser.add_argument("--patience", type=float, default=30, help="seconds that a single test may take")
     parser.add_argument("--survivors", action="store_true", help="only those that the last run did not kill")
     parser.add_argument("--page-only", action="store_true", help="make the page anew from the results that are there")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file to write the results to")

@@ -36,8 +36,8 @@ intrinsics that Numba's compiler alone reads. A mutant counts only if it compile
 
 The tests of the core without compilation, doctests among them, until the first one fails, with up to {examples} cases a
 property; the one that takes longest, `{left_out}`, is left out.
-Undisturbed they take {seconds} seconds. A run {patience:g} times as long ends the mutant too: its loop does not end, or
-as good as. {timeouts}
+Undisturbed they take {seconds} seconds together. A single test that takes {patience:g} ends the mutant too: its loop
+does not end, or as good as. {timeouts}
 
 ## Survivors
 
