@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from st3core import get_method, operators, sparsify
@@ -23,16 +23,20 @@ def elements(unit, itemsize, address):
     return [start // itemsize + i for piece in pieces for i in piece]
 
 
-@given(st.data(), st.lists(st.integers(0, 5), max_size=4), st.sampled_from([2, 4, 8]))
-def test_units_take_every_element_once_and_channels_whole(data, shape, itemsize):
-    axes = data.draw(st.lists(st.sampled_from(range(len(shape))), unique=True)) if shape else []
+dimensions = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=4)
+
+
+@given(dimensions, st.sampled_from([2, 4, 8]), st.integers(1, 50), st.integers(1, 50))
+@example([(3, True), (3, False), (2, True), (2, False)], 4, 9, 9)
+def test_units_take_every_element_once_and_channels_whole(dimensions, itemsize, rows, stripe):
+    shape, axes = [length for length, _ in dimensions], [i for i, (_, channels) in enumerate(dimensions) if channels]
     assume(len(operators._runs(shape, axes)) <= 4)
     channel = np.zeros(shape, int)
     for axis in axes:
         channel = channel * shape[axis] + np.arange(shape[axis]).reshape([-1] + [1] * (len(shape) - axis - 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operators, "_ROWS", data.draw(st.integers(1, 50)))
-        patch.setattr(operators, "_STRIPE", data.draw(st.integers(1, 50)))
+        patch.setattr(operators, "_ROWS", rows)
+        patch.setattr(operators, "_STRIPE", stripe)
         table = operators.unit_table((1000, 50_000), itemsize, shape, axes, tensor=3)
     assert table.shape[1:] == (8,)
     assert (table[:, 1] - table[:, 0] == 49_000).all()
