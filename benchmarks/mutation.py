@@ -82,7 +82,7 @@ def test(module: str, copy: Path, patience: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", *arguments(module, copy, patience)]
     start = time.perf_counter()
     code, output = _finished(command, copy)
-    late = code is None or re.search(r"^Timeout \(", output, re.MULTILINE)
+    late = code is None or re.search(r"Timeout \(\d+:\d\d:\d\d\)!", output)
     outcome = "timeout" if late else "killed" if code else "survived"
     by = _first_failure(output) if outcome == "killed" else ""
     return {"outcome": outcome, "by": by, "seconds": round(time.perf_counter() - start, 1)}

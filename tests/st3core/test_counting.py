@@ -58,6 +58,25 @@ def test_a_counter_that_is_placed_elsewhere_names_what_is_there():
         counter.gather(0, 0, 0)
 
 
+@given(twins(), st.floats(0.25, 4, width=16), st.booleans())
+def test_keys_are_those_of_the_magnitudes_divided_by_the_scale(pair, scale, strided):
+    arrays = [np.repeat(a, 2, axis=-1)[..., ::2] if strided and a.ndim else a for a in pair[0]]
+    counter = counting.ArrayCounter(arrays, [scale] * len(arrays), ["w"] * len(arrays))
+    wide = [a.astype(np.float32) if a.itemsize == 2 else a for a in arrays]
+    expected = np.concatenate([np.abs(a / a.dtype.type(scale)).astype(np.float64).ravel() for a in wide])
+    _, _, keys = counter.gather(0, counter.infinity, counter.size)
+    assert sorted(counter.magnitude(key) for key in keys) == sorted(expected.tolist())
+
+
+@given(twins(), st.sampled_from([np.nan, np.inf, -np.inf]), st.data())
+def test_one_weight_that_is_not_finite_is_seen(pair, value, data):
+    arrays = pair[0]
+    assert counter_of(arrays).is_finite()
+    array = data.draw(st.sampled_from([a for a in arrays if a.size]))
+    array.flat[data.draw(st.integers(0, array.size - 1))] = value
+    assert not counter_of(arrays).is_finite()
+
+
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 50), st.sampled_from(DTYPES[2:]))
 def test_sample_takes_every_so_manieth_weight(size, count, length, dtype):
     with pytest.MonkeyPatch.context() as patch:
