@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from st3core import counting, memory, threads
@@ -56,6 +56,19 @@ def test_a_counter_that_is_placed_elsewhere_names_what_is_there():
     counter.place(addresses([first, there]), lambda: [first, there])
     with pytest.raises(ValueError, match=r"find_thresholds: w1 must be finite, got nan at index \(1,\)"):
         counter.gather(0, 0, 0)
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000), st.integers(0, 5000), st.integers(0, 5000))
+@example(5000, 900, 0, 5000)  # the second block of keys fills the buffer but for twelve, and then some
+def test_keys_are_gathered_if_there_is_room_for_all_of_them(size, capacity, one, other):
+    low, high = sorted((one, other))
+    counter = counting.ArrayCounter([np.arange(size, dtype=np.float32)], [1.0], ["w"])
+    below, inside, keys = counter.gather(counter.key(low), counter.key(high), capacity)
+    expected = list(range(size))[low:high]
+    assert (below, inside) == (min(low, size), len(expected))
+    assert (keys is None) == (inside > capacity)
+    if keys is not None:
+        assert sorted(counter.magnitude(key) for key in keys) == expected
 
 
 @given(twins(), st.floats(0.25, 4, width=16), st.booleans())
