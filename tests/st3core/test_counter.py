@@ -142,6 +142,13 @@ def test_the_guess_holds_the_rank_and_knows_how_many_keys_it_holds():
     assert held >= 0.95 * len(ranks)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_the_guess_lies_between_two_keys_of_the_sample(share):
+    counter = Sorted(normal(MILLION))
+    first, last, _ = search._guess(counter, int(share * MILLION))
+    assert {first, last - 1} <= set(counter.sample(MILLION // 64 + 1).tolist())
+
+
 @given(magnitudes, ranks)
 def test_the_guess_of_few_weights_holds_the_rank(values, share):
     counter = Sorted(values)

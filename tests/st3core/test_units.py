@@ -74,6 +74,17 @@ def test_results_go_to_out_without_another_array(dtype, peak_memory):
         assert peak - own < weight.nbytes // 2
 
 
+def test_channels_that_alternate_take_little_memory(peak_memory):
+    weight = np.ones((1 << 12, 16))
+    peak = peak_memory(lambda: sparsify(weight, 0.5, channel_axis=1, out=weight, check_finite=False))
+    assert peak < weight.nbytes // 2
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((1000, 1000), 0), ((64, 1 << 14), 1)])
+def test_a_million_weights_are_work_for_several_threads_but_not_for_thousands(shape, axis):
+    assert 8 <= len(operators.unit_table((0, 0), 4, shape, (axis,))) <= 1000
+
+
 def test_results_are_plain_arrays():
     class Weight(np.ndarray):
         pass
