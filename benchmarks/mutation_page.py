@@ -21,6 +21,19 @@ Tests are worth what they notice. Here, one small change at a time is made to th
 that becomes a `-`, a 1 that becomes a 2, a loop that is never entered, and its tests run: they should fail. A changed
 program is a *mutant*, and a failing test kills it.
 
+```python
+def kept(weights, threshold):
+    return [w for w in weights if abs(w) > threshold]
+
+
+def mutant(weights, threshold):
+    return [w for w in weights if abs(w) >= threshold]
+
+
+assert kept([0.5, -1.0], 0.7) == mutant([0.5, -1.0], 0.7)  # a test with this threshold lets the mutant live
+assert kept([0.5, -1.0], 0.5) != mutant([0.5, -1.0], 0.5)  # a tie kills it
+```
+
 Of {drawn} mutants, the tests kill {killed}: **{share} %**. The other {survived} are listed below, each with the reason
 why it may live.
 

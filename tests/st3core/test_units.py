@@ -81,8 +81,8 @@ def test_channels_that_alternate_take_little_memory(peak_memory):
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((1000, 1000), 0), ((64, 1 << 14), 1)])
-def test_a_million_weights_are_work_for_several_threads_but_not_for_thousands(shape, axis):
-    assert 8 <= len(operators.unit_table((0, 0), 4, shape, (axis,))) <= 1000
+def test_a_million_weights_are_work_for_several_threads_but_not_for_hundreds(shape, axis):
+    assert 8 <= len(operators.unit_table((0, 0), 4, shape, (axis,))) <= 100
 
 
 def test_results_are_plain_arrays():
