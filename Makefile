@@ -5,8 +5,9 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 KERAS := $(VENV)/.keras
+MUTATION := $(VENV)/.mutation
 
-.PHONY: demo test test-keras check docs bench conformance stress study clean
+.PHONY: demo test test-keras check docs bench conformance mutation stress study clean
 
 ifdef BACKEND
 demo: $(KERAS)  ## sparse-train a network on handwritten digits; BACKEND=tensorflow, jax or torch: with Keras
@@ -41,6 +42,9 @@ bench: $(READY)  ## time every part of a sparse step beside its alternatives; wr
 conformance: $(KERAS)  ## hold every backend to the specification, and show that broken ones are rejected; writes docs/conformance.md
 	$(RUN) benchmarks.conformance
 
+mutation: $(MUTATION)  ## break the core in many small ways, and see whether its tests notice; writes docs/mutation.md
+	nice $(RUN) benchmarks.mutation
+
 stress: $(READY)  ## call from many threads and processes at once: no crash, no wrong bit
 	$(RUN) benchmarks.stress
 
@@ -56,6 +60,10 @@ $(READY): pyproject.toml constraints.txt
 
 $(KERAS): $(READY)
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[keras]' tensorflow-cpu jax
+	touch $@
+
+$(MUTATION): $(READY)
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[mutation]'
 	touch $@
 
 clean:

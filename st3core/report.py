@@ -99,10 +99,10 @@ class Report:
         """Table with a row a tensor and a total, and a line for each that was skipped."""
         console_module, table_module = _rich()
         table = table_module.Table(title=f"{self.method}: target sparsity {self.target_sparsity:.4g}")
-        table.add_column("tensor")
+        table.add_column("tensor", overflow="fold")
         for column in ("shape", "weights", "zeros", "sparsity"):
             table.add_column(column, justify="right")
-        if self.dense_macs is not None:
+        if any(layer.dense_macs is not None for layer in self.layers):
             table.add_column("multiply-adds", justify="right")
             table.add_column("of dense", justify="right")
         for layer in self.layers:

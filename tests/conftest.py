@@ -7,6 +7,13 @@ import pytest
 
 # No deadline: the first call of a kernel compiles it. Derandomised: a red run is red again.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=100, database=None)
+# For `make mutation`: fewer cases, and a failure need not be small.
+hypothesis.settings.register_profile(
+    "mutation",
+    hypothesis.settings.get_profile("default"),
+    max_examples=30,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
 hypothesis.settings.load_profile("default")
 
 
