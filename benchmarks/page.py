@@ -49,10 +49,8 @@ A dense and a sparse model are trained by turns, with momentum: step by step for
 for the small layers. The sparse step has everything in it: the forward weights, their gradient, and the next threshold
 from `Sparsifier.step()`. The sparsity rises as in the second half of a ramp over ten thousand steps.
 
-For small layers the search is one compiled call. What is left around it is mostly Python and autograd, which have left
-the processor's caches by the time they are needed again. The next ideas: find the few keys of the interval by comparing
-whole vectors, add up the ends of short rows in vectors too, and keep the forecast and the look at where the weights are
-in compiled code.""",
+For small layers, what is added is mostly Python that has left the processor's caches by the time it is needed again.
+The next idea is a single call into compiled code that checks where the weights are, searches and applies.""",
 }
 
 _PAGE = """# Performance

@@ -50,19 +50,21 @@ def grids(figures: dict[str, Any]) -> list[Grid]:
         for name, own in figures.items()
     )
     large, own, heads = figures[RESNET], figures[SMALL], ("", "median, µs on this machine")
-    floor = ((n, number(ms), f"{100 * ms / large['dense_milliseconds']:.1f} %") for n, ms in large["floor"].items())
+    floor = large.get("floor", {})  # not part of older figures, and neither are the phases
+    shares = ((n, number(ms), f"{100 * ms / large['dense_milliseconds']:.1f} %") for n, ms in floor.items())
     tables = {
-        "Where the added time of the small layers goes": own["phases"],
+        "Where the added time of the small layers goes": own.get("phases", {}),
         "What this library does there": own["parts"],
     }
-    return [
+    found = [
         Grid("A training step in PyTorch", columns, tuple(rows)),
-        Grid("The floor of the ResNet-50's step", ("", "ms on this machine", "of its dense step"), tuple(floor)),
+        Grid("The floor of the ResNet-50's step", ("", "ms on this machine", "of its dense step"), tuple(shares)),
         *(
             Grid(title, heads, tuple((name, number(value)) for name, value in table.items()))
             for title, table in tables.items()
         ),
     ]
+    return [grid for grid in found if grid.rows]
 
 
 def _steps(make: Any, inputs: torch.Tensor, labels: torch.Tensor, sparsity: float) -> dict[str, Call]:

@@ -54,7 +54,7 @@ class Textbook(NumpyBackend):
         return e1, e2, self.between(e1, e2, fraction)
 
     def between(self, e1, e2, fraction):
-        return e1 + fraction * (e2 - e1) if fraction else e1
+        return e1 + fraction * (e2 - e1) if fraction and np.isfinite(e2) else e1
 
     def tensor_threshold(self, dtype, unit, e1, e2, value):
         return reference.tensor_threshold(dtype, unit, e1, e2, value)
