@@ -73,7 +73,8 @@ def test_links_lead_somewhere(path):
 
 def test_files_named_in_the_readme_exist():
     found = set(re.findall(r"\b(?:st3core|adapters|tests|docs|examples|benchmarks)/[\w./-]*", README))
-    assert missing_from(found, {path for path in found if (ROOT / path).exists()}) == []
+    made_later = {path for path in found if "/_build/" in path}
+    assert missing_from(found - made_later, {path for path in found if (ROOT / path).exists()}) == []
 
 
 def test_make_targets_named_in_the_readme_exist():

@@ -57,7 +57,7 @@ def test_to_dict_is_ready_for_json():
     conv |= {"weights": 36, "zeros": 27, "sparsity": 0.75, "dense_macs": 7200, "sparse_macs": 1800.0}
     assert found["layers"][1] == conv
     assert {key: value for key, value in found.items() if key != "layers"} == {
-        "method": "st3", "target_sparsity": 0.75, **figures
+        "method": "st3", "target_sparsity": 0.75, **figures, "skipped": {}
     }  # fmt: skip
 
 
