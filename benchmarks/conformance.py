@@ -117,6 +117,11 @@ def property_grid() -> Grid:
     return Grid("Properties", ("property", "equation", "statement"), tuple(rows))
 
 
+def as_prose(grid: Grid) -> str:
+    """The table with its words at the left."""
+    return grid.markdown().replace("---:", "---")
+
+
 def page(text: str, figures: dict[str, Any]) -> str:
     """The page with the tables of these figures between its marks."""
     setting = figures["setting"]
@@ -124,9 +129,9 @@ def page(text: str, figures: dict[str, Any]) -> str:
         f"{len(figures['broken'])} backends, {figures['broken_max_examples']} cases a property, 200 where it matters"
     )
     tables = {
-        "properties": property_grid().markdown(),
+        "properties": as_prose(property_grid()),
         "backends": f"{machine.name(setting)}; {machine.versions(setting)}:\n\n{backend_grid(figures).markdown()}",
-        "broken": f"{scale}:\n\n{broken_grid(figures).markdown()}",
+        "broken": f"{scale}:\n\n{as_prose(broken_grid(figures))}",
     }
     for name, table in tables.items():
         marked = re.compile(rf"(?<=<!-- {name}: from make conformance -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
