@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-
 from benchmarks import step
 from benchmarks.grid import Grid, number, with_spread
-from benchmarks.shapes import he_normal, resnet50
+from benchmarks.shapes import he_normal, in_one_piece, resnet50
 from benchmarks.timing import interleaved, summary
 from st3core.memory import MEMORY_FORMATS
 
@@ -32,15 +30,14 @@ def grids(figures: dict[str, Any]) -> list[Grid]:
 
 
 def _measure_dtype(dtype: str, sparsity: float, rounds: int) -> dict[str, dict[str, float]]:
-    weights = [w.astype(MEMORY_FORMATS[dtype].dtype) for w in he_normal(resnet50())]
-    outputs = [np.empty_like(w) for w in weights]
-    flat = np.concatenate([w.ravel() for w in weights])
+    flat, weights = in_one_piece([w.astype(MEMORY_FORMATS[dtype].dtype) for w in he_normal(resnet50())])
+    target, outputs = in_one_piece(weights)
     apply, thresholds = step.operator(weights, outputs), step.cold_search(weights, sparsity)()
     candidates = {
         "read": step.read(flat),
         COLD: step.cold_search(weights, sparsity),
         WARM: step.warm_search(weights, sparsity),
-        "copy": step.copy(flat, np.empty_like(flat)),
+        "copy": step.copy(flat, target),
         OPERATOR: lambda: apply(thresholds),
         STEP: step.whole_step(step.warm_search(weights, sparsity), apply),
     }

@@ -8,7 +8,7 @@ import torch
 import st3core
 from benchmarks import alternatives, step
 from benchmarks.grid import Grid, number, spread
-from benchmarks.shapes import he_normal, keras_layout, resnet50
+from benchmarks.shapes import he_normal, in_one_piece, keras_layout, resnet50
 from benchmarks.timing import Call, interleaved, summary
 
 SLOW_ROUNDS = 3
@@ -32,8 +32,8 @@ _OPERATORS = (
 
 def measure(sparsity: float, rounds: int) -> dict[str, Any]:
     """Everything that the tables of this module show."""
-    weights = he_normal(resnet50())
-    fast = _candidates(weights, sparsity)
+    flat, weights = in_one_piece(he_normal(resnet50()))
+    fast = _candidates(flat, weights, sparsity)
     seconds = interleaved(fast, rounds)
     units = dict.fromkeys(_SEARCHES, "read") | dict.fromkeys(_OPERATORS, "copy") | {STEP: "read + copy"}
     slow, resets = _slow_candidates(weights, sparsity)
@@ -68,9 +68,8 @@ def _grid(title: str, unit: str, rows: dict[str, dict[str, float]], names: Any) 
     return Grid(title, ("", f"in {unit}", "quartiles", "ms on this machine"), tuple(cells))
 
 
-def _candidates(weights: list[np.ndarray], sparsity: float) -> dict[str, Call]:
-    flat = np.concatenate([w.ravel() for w in weights])
-    outputs, last = [np.empty_like(w) for w in weights], keras_layout(weights)
+def _candidates(flat: np.ndarray, weights: list[np.ndarray], sparsity: float) -> dict[str, Call]:
+    (target, outputs), last = in_one_piece(weights), keras_layout(weights)
     thresholds = st3core.find_thresholds(weights, sparsity)
     apply = step.operator(weights, outputs)
     apply_plain = step.operator(weights, outputs, st3core.Method("soft, no rescale", rescale="none"))
@@ -80,7 +79,7 @@ def _candidates(weights: list[np.ndarray], sparsity: float) -> dict[str, Call]:
         step.cold_search(weights, sparsity),
         step.cold_search(weights, sparsity, "st3_sigma"),
         step.warm_search(weights, sparsity),
-        step.copy(flat, np.empty_like(flat)),
+        step.copy(flat, target),
         lambda: apply(thresholds),
         lambda: apply_last(thresholds),
         lambda: apply_plain(thresholds),

@@ -30,6 +30,16 @@ def he_normal(shapes: list[Shape], seed: int = 0) -> list[np.ndarray]:
     ]
 
 
+def in_one_piece(arrays: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Copies that lie one behind the other: all of their memory, and a view of it for each array.
+
+    What reads or copies the whole then meets the same pages of memory as what walks the arrays.
+    """
+    flat = np.concatenate([array.ravel() for array in arrays])
+    pieces = np.split(flat, np.cumsum([array.size for array in arrays])[:-1])
+    return flat, [piece.reshape(array.shape) for piece, array in zip(pieces, arrays, strict=True)]
+
+
 def keras_layout(weights: list[np.ndarray]) -> list[np.ndarray]:
     """The same kernels as Keras keeps them: output channels last, ``(*kernel, in, out)``."""
     return [np.ascontiguousarray(w.transpose(*range(2, w.ndim), 1, 0)) for w in weights]

@@ -215,7 +215,7 @@ class ArrayCounter:
 def _table(format: MemoryFormat, weights: Sequence[np.ndarray], scales: Sequence[float]) -> _Job:
     addresses = [_address(w) for w in weights]
     chunks = chunk_table(addresses, [w.size for w in weights], format.dtype.itemsize)
-    arguments = np.array(scales, np.float64), format.code, np.empty(0, format.bits)
+    arguments = np.array(scales, np.float64), format.code, format.magnitude_mask()
     return _Job(chunks, arguments, sum(w.size for w in weights))
 
 

@@ -18,15 +18,22 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, config, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET, SUM_SCALE
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)
-"""Memory formats; the kernels read them as uint16, uint16, uint32 and uint64."""
+"""Memory formats; the kernels read them as integers of the same size."""
 
 BLOCK = 1024
 """Elements that are converted and examined at a time: 4 or 8 KiB of first-level cache."""
+
+LOOK = 256
+"""Elements that are counted or summed at a time, while those that lie ``AHEAD`` of them are fetched into the cache."""
+
+AHEAD = 1024
+"""Elements; processors that fetch by themselves do so within a page only, and too late where memory is far away."""
 
 LANES = 64
 """Partial sums of a channel of float64."""
@@ -60,6 +67,9 @@ if config.DISABLE_JIT:
     def _end_of_stream() -> None:
         pass
 
+    def _prefetch(address: int) -> None:
+        pass
+
 else:
 
     @intrinsic
@@ -86,12 +96,32 @@ else:
         return types.void(types.int64, types.int64), generate
 
     @intrinsic
+    def _prefetch(typing_context: Any, address: types.Type) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+            kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+            read, keep, data = (ir.Constant(word, number) for number in (0, 3, 1))
+            builder.call(function, [builder.inttoptr(arguments[0], pointer), read, keep, data])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    @intrinsic
     def _end_of_stream(typing_context: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             builder.fence("seq_cst")  # what was streamed is visible to whoever learns that the work is done
             return context.get_dummy_value()
 
         return types.void(), generate
+
+
+@_inline
+def _fetch(source, start, size):  # type: ignore[no-untyped-def]
+    """Begin to load elements into the first-level cache; they may lie beyond the end."""
+    place = source.ctypes.data + start * source.itemsize
+    for line in range(0, size * source.itemsize, LINE):
+        _prefetch(place + line)
 
 
 # --- Half precision: exact widening, rounding to nearest even, no subnormal float32 on the way ------
@@ -112,7 +142,7 @@ def _widen_float16(source, values):  # type: ignore[no-untyped-def]
         if (source[i] & 0x7FFF) < 0x400:
             values[i] -= np.float32(2.0**-14)
     for i in range(source.size):
-        bits[i] |= np.uint32(source[i] & 0x8000) << np.uint32(16)
+        bits[i] |= (np.uint32(source[i]) >> np.uint32(15)) << np.uint32(31)
 
 
 @_inline
@@ -212,12 +242,6 @@ def _key_infinity(keys):  # type: ignore[no-untyped-def]
     return keys.dtype.type(_infinity(FLOAT32 if keys.itemsize == 4 else FLOAT64))
 
 
-@_inline
-def _magnitude_mask(source):  # type: ignore[no-untyped-def]
-    every_bit = np.uint64(0xFFFFFFFFFFFFFFFF)
-    return source.dtype.type(every_bit >> np.uint64(65 - 8 * source.itemsize))
-
-
 @_part
 def _key(bits, memory_format, scale, one, narrow, keys):  # type: ignore[no-untyped-def]
     """Key of one weight's bits."""
@@ -245,45 +269,45 @@ def _first_bits(key, memory_format, scale, one, narrow, keys):  # type: ignore[n
 
 @_inline
 def _count_block(block, mask, first, last):  # type: ignore[no-untyped-def]
-    unsigned = block.dtype.type
-    below, below_last, largest = unsigned(0), unsigned(0), unsigned(0)
+    """Number of magnitudes below ``first`` and in ``[first, last)``, and the largest of them."""
+    signed = block.dtype.type
+    below, below_last, largest = signed(0), signed(0), signed(0)
     for i in range(block.size):
-        bits = unsigned(block[i] & mask)
-        below = unsigned(below + unsigned(bits < first))
-        below_last = unsigned(below_last + unsigned(bits < last))
+        bits = signed(block[i] & mask)
+        below = signed(below + signed(bits < first))
+        below_last = signed(below_last + signed(bits < last))
         largest = max(largest, bits)
     return np.intp(below), np.intp(below_last) - np.intp(below), largest
 
 
 @_inline
 def _gather_block(block, mask, first, last, flags, words, found):  # type: ignore[no-untyped-def]
-    """Write the magnitudes' bits that are in ``[first, last)`` to ``found``, which has one place to spare."""
-    unsigned, hits = block.dtype.type, flags.view(np.uint8)
+    """Write the magnitudes that are in ``[first, last)`` to ``found``, which has one place to spare."""
+    hits = flags.view(np.uint8)
     for i in range(block.size):
-        bits = unsigned(block[i] & mask)
+        bits = block.dtype.type(block[i] & mask)
         hits[i] = np.uint8((bits >= first) & (bits < last))
-    marked, taken = np.intp(0), np.intp(0)
+    marked, taken = np.uint64(0), np.uint64(0)  # unsigned, so that no index is tested for being negative
     for word in range((block.size + 7) // 8):  # eight elements at once, and no branch to mispredict
         words[marked] = word
-        marked += np.intp(flags[word] != 0)
+        marked += np.uint64(flags[word] != 0)
     for j in range(marked):
         eight = block[8 * words[j] : min(8 * words[j] + 8, block.size)]
         for i in range(eight.size):
-            bits = unsigned(eight[i] & mask)
+            bits = block.dtype.type(eight[i] & mask)
             found[taken] = bits
-            taken += np.intp((bits >= first) & (bits < last))
-    return taken
+            taken += np.uint64((bits >= first) & (bits < last))
 
 
 @_jit
-def count(chunks, scales, memory_format, source_like, interval, buffer, bins):  # type: ignore[no-untyped-def]
+def count(chunks, scales, memory_format, magnitude_mask, interval, buffer, bins):  # type: ignore[no-untyped-def]
     """Count the keys below and inside an interval, and keep those inside in one of two ways.
 
     Args:
         chunks: int64 ``(m, 3)``: address, number of elements, index into ``scales``.
         scales: float64: what each tensor's magnitudes are divided by.
         memory_format: FLOAT16, BFLOAT16, FLOAT32 or FLOAT64.
-        source_like: empty array of the unsigned type that holds one element.
+        magnitude_mask: array of one signed integer of an element's size: all bits but the sign.
         interval: ``(low, high, shift)`` in the unsigned type of the keys; inside is ``low <= key < high``,
             and ``high`` is the key of infinity at most.
         buffer: takes the keys inside, until a block of them does not fit.
@@ -294,22 +318,23 @@ def count(chunks, scales, memory_format, source_like, interval, buffer, bins):  
         buffer: all of those inside, unless it was too small.
     """
     low, high, shift = interval[0], interval[1], interval[2]
-    keys, narrow = np.empty(BLOCK, interval.dtype), np.empty(BLOCK, np.float32)
-    flags, words = np.empty(BLOCK // 8, np.uint64), np.empty(BLOCK // 8 + 1, np.intp)
-    found = np.empty(BLOCK + 1, source_like.dtype)
-    mask = _magnitude_mask(source_like)
+    keys, narrow = np.empty(LOOK, interval.dtype), np.empty(LOOK, np.float32)
+    found = np.empty(LOOK + 1, magnitude_mask.dtype)
+    flags, words = np.empty(LOOK // 8, np.uint64), np.empty(LOOK // 8 + 1, np.intp)
+    mask = magnitude_mask[0]  # unknown to LLVM: it would compare unsigned if it knew, which takes more instructions
     below, inside, taken, largest = 0, 0, 0, interval.dtype.type(0)
     known, first, last = 0.0, mask, mask
     for c in range(chunks.shape[0]):
-        source = array_at(chunks[c, 0], chunks[c, 1], source_like)
+        source = array_at(chunks[c, 0], chunks[c, 1], magnitude_mask)
         scale = scales[chunks[c, 2]]
         if scale != known:
             known = scale
             first = _first_bits(low, memory_format, scale, found, narrow, keys)
             last = _first_bits(high, memory_format, scale, found, narrow, keys)
-        chunk_largest = source_like.dtype.type(0)
-        for start in range(0, source.size, BLOCK):
-            block = source[start : start + BLOCK]
+        chunk_largest = magnitude_mask.dtype.type(0)
+        for start in range(0, source.size, LOOK):
+            block = source[start : start + LOOK]
+            _fetch(source, start + AHEAD, LOOK)
             block_below, block_inside, block_largest = _count_block(block, mask, first, last)
             below += block_below
             chunk_largest = max(chunk_largest, block_largest)
@@ -330,13 +355,13 @@ def count(chunks, scales, memory_format, source_like, interval, buffer, bins):  
 
 
 @_jit
-def successor(chunks, scales, memory_format, source_like, key):  # type: ignore[no-untyped-def]
+def successor(chunks, scales, memory_format, magnitude_mask, key):  # type: ignore[no-untyped-def]
     """Smallest key of at least ``key[0]``; ``key[1]`` where there is none. Arguments as in :func:`count`."""
-    best, mask = key[1], _magnitude_mask(source_like)
+    best, mask = key[1], magnitude_mask[0]
     keys, narrow = np.empty(1, key.dtype), np.empty(1, np.float32)
-    one, known, first = np.empty(1, source_like.dtype), 0.0, mask
+    one, known, first = np.empty(1, magnitude_mask.dtype), 0.0, mask
     for c in range(chunks.shape[0]):
-        source = array_at(chunks[c, 0], chunks[c, 1], source_like)
+        source = array_at(chunks[c, 0], chunks[c, 1], magnitude_mask)
         scale = scales[chunks[c, 2]]
         if scale != known:
             known = scale
@@ -393,7 +418,7 @@ def pick(keys, rank, few, interval, picked):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def search(chunks, scales, memory_format, source_like, interval, rank, few, buffer, picked):  # type: ignore[no-untyped-def]
+def search(chunks, scales, memory_format, magnitude_mask, interval, rank, few, buffer, picked):  # type: ignore[no-untyped-def]
     """The warm search of one job in one call: count, gather, and pick the keys around a rank.
 
     Allocates a few kilobytes of working memory and nothing else, knows no Python object, and may be called
@@ -403,7 +428,7 @@ def search(chunks, scales, memory_format, source_like, interval, rank, few, buff
         chunks: int64 ``(m, 3)``: address, number of elements, index into ``scales``; all weights.
         scales: float64: what each tensor's magnitudes are divided by.
         memory_format: FLOAT16, BFLOAT16, FLOAT32 or FLOAT64.
-        source_like: empty array of the unsigned type that holds one element.
+        magnitude_mask: array of one signed integer of an element's size: all bits but the sign.
         interval: ``(low, high, 0)`` in the unsigned type of the keys (uint32, or uint64 if any weight of
             the model is float64): where the forecast expects the rank's key, ``low <= key < high``, and
             ``high`` is the key of infinity at most.
@@ -422,33 +447,33 @@ def search(chunks, scales, memory_format, source_like, interval, rank, few, buff
     """
     infinity = _key_infinity(interval)
     bins = np.empty(0, np.int64)
-    below, inside, largest, taken = count(chunks, scales, memory_format, source_like, interval, buffer, bins)
+    below, inside, largest, taken = count(chunks, scales, memory_format, magnitude_mask, interval, buffer, bins)
     settled = largest < infinity and taken == inside and below <= rank < below + inside
     if settled and not pick(buffer[:taken], rank - below, few, interval, picked):
         bounds = np.empty(2, interval.dtype)
         bounds[0], bounds[1] = picked[1] + interval.dtype.type(1), infinity
-        picked[2] = successor(chunks, scales, memory_format, source_like, bounds)
+        picked[2] = successor(chunks, scales, memory_format, magnitude_mask, bounds)
     return settled, below, inside, largest
 
 
 @_inline
 def _smallest(source, mask, first):  # type: ignore[no-untyped-def]
-    unsigned = source.dtype.type
+    integer = source.dtype.type
     smallest = mask
     for i in range(source.size):
-        bits = unsigned(source[i] & mask)
+        bits = integer(source[i] & mask)
         smallest = min(smallest, bits if bits >= first else mask)
     return smallest
 
 
 @_jit
-def sample(chunks, scales, memory_format, source_like, stride, keys):  # type: ignore[no-untyped-def]
+def sample(chunks, scales, memory_format, magnitude_mask, stride, keys):  # type: ignore[no-untyped-def]
     """Write the key of every ``stride``-th element, starting in the middle; return how many."""
-    elements = np.empty(BLOCK, source_like.dtype)
+    elements = np.empty(BLOCK, magnitude_mask.dtype)
     narrow = np.empty(BLOCK, np.float32)
     taken, position = 0, stride // 2
     for c in range(chunks.shape[0]):
-        source = array_at(chunks[c, 0], chunks[c, 1], source_like)
+        source = array_at(chunks[c, 0], chunks[c, 1], magnitude_mask)
         scale = scales[chunks[c, 2]]
         while position < source.size and taken < keys.size:
             count = 0
@@ -530,6 +555,7 @@ def _accumulate(values, threshold, lanes, period):  # type: ignore[no-untyped-de
     everything, kept, everything_errors, kept_errors = lanes
     for start in range(0, values.size, period):
         row = values[start : start + period]
+        _fetch(values, start + AHEAD, row.size)
         if values.itemsize == 8:
             for i in range(row.size):
                 magnitude = abs(row[i]) * SUM_SCALE
@@ -594,8 +620,9 @@ def _row_scale(row, memory_format, threshold, buffers, lanes):  # type: ignore[n
         _accumulate(row.view(buffers[0].dtype), threshold, lanes, LANES)
         return _scale(lanes, 0, LANES, row.size, True)
     everything, kept = 0.0, 0.0
-    for start in range(0, row.size, BLOCK):
-        values = _load_values(row[start : start + BLOCK], memory_format, buffers[0])
+    for start in range(0, row.size, LOOK):
+        _fetch(row, start + AHEAD, LOOK)
+        values = _load_values(row[start : start + LOOK], memory_format, buffers[0])
         block_everything, block_kept = _sums(values, threshold)
         everything += block_everything
         kept += block_kept
@@ -721,10 +748,10 @@ def _apply_columns(source, target, memory_format, threshold, hard, rescale, layo
         for b in range(0, repeats, group):
             first = b * stride + start * size
             segment = source[first : first + min(group, repeats - b) * width]
-            for offset in range(0, segment.size, BLOCK):
-                values = _load_values(segment[offset : offset + BLOCK], memory_format, buffers[0])
+            for offset in range(0, segment.size, LOOK):
+                values = _load_values(segment[offset : offset + LOOK], memory_format, buffers[0])
                 at = (rows[0][offset:], rows[1][offset:], rows[2][offset:], rows[3][offset:])
-                _accumulate(values, threshold, at, BLOCK)
+                _accumulate(values, threshold, at, LOOK)
         for repeat in range(1, group):
             _add_lanes(rows[0], rows[2], 0, repeat * width, width, exact)
             _add_lanes(rows[1], rows[3], 0, repeat * width, width, exact)

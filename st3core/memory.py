@@ -21,6 +21,11 @@ class MemoryFormat(NamedTuple):
     bits: np.dtype[Any]
     compute: np.dtype[Any]
 
+    def magnitude_mask(self) -> np.ndarray:
+        """One signed integer of an element's size: all bits but the sign. As such, magnitudes are in order."""
+        signed = np.dtype(f"i{self.dtype.itemsize}")
+        return np.array([np.iinfo(signed).max], signed)
+
 
 MEMORY_FORMATS = {
     "float16": MemoryFormat(kernels.FLOAT16, np.dtype(np.float16), np.dtype(np.uint16), np.dtype(np.float32)),

@@ -47,8 +47,8 @@ def find(table, scales, addresses, rank, guess, forecast, magnitudes):  # type: 
     for c in range(chunks.shape[0]):
         chunks[c, 0] += addresses[chunks[c, 2]]
         size += chunks[c, 1]
-    interval, picked, like = np.zeros(3, np.uint32), np.zeros(4, np.uint32), np.empty(0, np.uint32)
-    where = (chunks, scales, kernels.FLOAT32, like, interval)
+    interval, picked, mask = np.zeros(3, np.uint32), np.zeros(4, np.uint32), np.full(1, 0x7FFFFFFF, np.int32)
+    where = (chunks, scales, kernels.FLOAT32, mask, interval)
     if rank >= 0:
         _forecast_interval(forecast, guess, interval)
     settled, _, _, largest = linked.search((*where, rank, _FEW, np.empty(min(size, _ROOM), np.uint32), picked))

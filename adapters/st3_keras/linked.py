@@ -8,7 +8,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import boolean, carray, float32, float64, int64, njit, types, uint32
+from numba import boolean, carray, float32, float64, int32, int64, njit, types, uint32
 from numba.core import cgutils
 from numba.core.typing import Signature
 from numba.extending import intrinsic
@@ -16,9 +16,7 @@ from numba.extending import intrinsic
 from st3core import kernels
 
 _SIGNATURES = {
-    "search": types.void(
-        int64[:, ::1], float64[::1], int64, uint32[::1], uint32[::1], int64, int64, *[uint32[::1]] * 2
-    ),
+    "search": types.void(int64[:, ::1], float64[::1], int64, int32[::1], uint32[::1], int64, int64, *[uint32[::1]] * 2),
     "apply": types.void(int64[:, ::1], float32[::1], int64, uint32[::1], boolean, boolean, boolean),
 }
 """Arguments of the kernels for float32; the same types as those of a call from Python, whose compilation they share."""
