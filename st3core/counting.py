@@ -2,11 +2,12 @@
 
 A *key* is the bit pattern of a magnitude, an unsigned integer; non-negative floats order like their bit
 patterns. Counts are integers and add up, so the tensors are never concatenated, threads take any share
-of the chunks, and the sums are the same bits in every case. :mod:`st3core.search` decides what to count.
+of the chunks, and the sums are the same bits in every case. Processes that hold a shard each add their counts
+up in the same way. :mod:`st3core.search` decides what to count.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from st3core import kernels, threads
 from st3core._validation import describe_non_finite
 from st3core.memory import CHUNK, MEMORY_FORMATS, MemoryFormat, chunk_table, memory_order
+
+if TYPE_CHECKING:
+    from st3core.search import Counter
 
 T = TypeVar("T")
 
@@ -101,7 +105,7 @@ class ArrayCounter:
         self._interval[0], self._interval[1], self._interval[2] = low, high, 0
 
         def part(job: _Job) -> tuple[int, int, int, np.ndarray]:
-            share = int(_SLACK * capacity * job.elements / self.size) + kernels.BLOCK
+            share = int(_SLACK * capacity * job.elements / max(self.size, 1)) + kernels.BLOCK
             buffer = np.empty(min(job.elements, share), self.key_dtype)
             below, inside, largest, taken = kernels.count(job.chunks, *job.arguments, self._interval, buffer, _NO_BINS)
             return below, inside, largest, buffer[:taken]
@@ -210,6 +214,106 @@ class ArrayCounter:
             "find_thresholds: a magnitude divided by its tensor's sigma exceeds the largest number of the "
             "weights' dtype; scale the weights down"
         )
+
+
+class Peers(Protocol):
+    """Processes that count together; each makes the same calls in the same order."""
+
+    count: int
+    """How many they are."""
+    index: int
+    """Number of this one, from 0."""
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Elementwise sum of all peers' arrays, int32 or int64, 1-d and of one length."""
+        ...
+
+
+class SummedCounter:
+    """Counts the keys of shards on several processes: the sums of their own counters' answers.
+
+    Every peer gets every answer, and the same error where one of them meets a NaN. What travels are counts
+    and the few keys that the search has asked for, never weights.
+
+    Args:
+        counter: counts the keys of this process's shards, possibly none; of the same key dtype everywhere.
+        peers: who else counts. Every weight is counted by one of them.
+        size: number of weights of all.
+    """
+
+    def __init__(self, counter: "Counter", peers: Peers, size: int) -> None:
+        self.size, self.infinity = size, counter.infinity
+        self.key, self.magnitude = counter.key, counter.magnitude
+        self._counter, self._peers = counter, peers
+        self._key_dtype = np.int32 if self.infinity <= np.iinfo(np.int32).max else np.int64
+
+    def gather(self, low: int, high: int, capacity: int) -> tuple[int, int, np.ndarray | None]:
+        """Number of keys below ``low`` and in ``[low, high)``; the latter too if no more than ``capacity``.
+
+        Raises:
+            ValueError: a weight of any peer is NaN or infinite; the message names it.
+        """
+        answer, failure = _tried(lambda: self._counter.gather(low, high, capacity), (0, 0, None))
+        below, inside, keys = answer
+        sums = self._peers.sum(np.array([bool(failure), below, keys is None, *self._alone(inside)], np.int64))
+        self._check(int(sums[0]), failure)
+        counts, is_partial = sums[3:], sums[2] > 0
+        total = int(counts.sum())
+        wanted = keys if keys is not None and total <= capacity and not is_partial else None
+        return int(sums[1]), total, None if wanted is None else self._joined(wanted, counts, self._key_dtype)
+
+    def histogram(self, low: int, high: int, shift: int) -> tuple[int, NDArray[np.int64]]:
+        """Number of keys below ``low``, and those in ``[low, high)`` in bins of ``2**shift`` keys.
+
+        Raises:
+            ValueError: a weight of any peer is NaN or infinite; the message names it.
+        """
+        none = np.zeros(((high - 1 - low) >> shift) + 1, np.int64)
+        (below, bins), failure = _tried(lambda: self._counter.histogram(low, high, shift), (0, none))
+        sums = self._peers.sum(np.concatenate([np.array([bool(failure), below], np.int64), bins]))
+        self._check(int(sums[0]), failure)
+        return int(sums[1]), sums[2:]
+
+    def successor(self, key: int) -> int:
+        """Smallest key above ``key``, or the key of infinity."""
+        return int(self._peers.sum(self._alone(self._counter.successor(key))).min())
+
+    def sample(self, count: int) -> np.ndarray:
+        """About ``count`` keys from evenly spread places, in no order; which ones is not specified."""
+        own = self._counter.size
+        share = -(-count * own // self.size)
+        keys = self._counter.sample(share) if own else np.empty(0, self._key_dtype)
+        return self._joined(keys, self._peers.sum(self._alone(len(keys))), self._key_dtype)
+
+    def _alone(self, value: int) -> NDArray[np.int64]:
+        """The value at this peer's place, zero at the others'; the sum has the values of all."""
+        values = np.zeros(self._peers.count, np.int64)
+        values[self._peers.index] = value
+        return values
+
+    def _joined(self, own: np.ndarray, counts: NDArray[np.int64], dtype: Any) -> np.ndarray:
+        """The arrays of all peers, one behind the other, of known lengths."""
+        if counts.sum() == 0:
+            return np.empty(0, dtype)
+        start, values = int(counts[: self._peers.index].sum()), np.zeros(int(counts.sum()), dtype)
+        values[start : start + len(own)] = own
+        return self._peers.sum(values)
+
+    def _check(self, failures: int, own: str) -> None:
+        """Raise the error of the first peer that has one, on all of them."""
+        if failures:
+            message = np.frombuffer(own.encode(), np.uint8)
+            lengths = self._peers.sum(self._alone(len(message)))
+            text = self._joined(message, lengths, np.int32)
+            raise ValueError(bytes(text[: lengths[lengths > 0][0]].astype(np.uint8)).decode())
+
+
+def _tried(ask: Callable[[], T], otherwise: T) -> tuple[T, str]:
+    """What a counter answers, or the message of what it has found to be wrong with its weights."""
+    try:
+        return ask(), ""
+    except ValueError as error:
+        return otherwise, str(error)
 
 
 def _table(format: MemoryFormat, weights: Sequence[np.ndarray], scales: Sequence[float]) -> _Job:

@@ -6,7 +6,7 @@ will do whose answers are sums over its parts: threads, shards on several machin
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,25 @@ _FEW, _FEW_SHARE = 32, 1 << 15
 
 _SORTED = 512
 """Keys that are sorted sooner than partitioned."""
+
+
+class Limits(NamedTuple):
+    """How much one answer of a counter may hold; less than the default where answers travel between machines."""
+
+    bins: int = BINS
+    """Of one histogram; a power of 2."""
+    capacity: int = CAPACITY
+    """Keys that are gathered."""
+    sample: int = _SAMPLE
+    """Keys of one sample."""
+    few: int | None = None
+    """Keys on either side that a forecast aims at, at most."""
+
+
+_ALONE = Limits()
+
+TRAVELLING = Limits(bins=1 << 13, capacity=1 << 13, sample=1 << 12, few=256)
+"""Limits for answers that travel: 64 KiB each, however many weights there are."""
 
 
 class Counter(Protocol):
@@ -125,6 +144,8 @@ def count_thresholds(
     units: Sequence[float],
     dtypes: Sequence[np.dtype[Any]],
     forecast: "Forecast | None" = None,
+    *,
+    limits: Limits = _ALONE,
 ) -> NDArray[np.float64]:
     """Threshold of every tensor, from what ``counter`` says of all of them.
 
@@ -134,6 +155,7 @@ def count_thresholds(
         units: sigma of every tensor, from :func:`tensor_units`.
         dtypes: of every tensor.
         forecast: from the searches before this one, over the same tensors; it learns from this one.
+        limits: of the counter's answers.
 
     Returns:
         float64, one threshold for each tensor.
@@ -141,12 +163,12 @@ def count_thresholds(
     Raises:
         ValueError: there is no weight at all, or one is NaN or infinite.
     """
-    magnitudes = neighbouring_magnitudes(counter, sparsity, forecast)
+    magnitudes = neighbouring_magnitudes(counter, sparsity, forecast, limits=limits)
     return thresholds_between(magnitudes, sparsity, counter.size, units, dtypes)
 
 
 def neighbouring_magnitudes(
-    counter: Counter, sparsity: float, forecast: "Forecast | None" = None
+    counter: Counter, sparsity: float, forecast: "Forecast | None" = None, *, limits: Limits = _ALONE
 ) -> tuple[float, float]:
     """The magnitudes :math:`e_1, e_2` on both sides of the threshold (equation 2b); zeros for ``sparsity == 0``.
 
@@ -159,7 +181,7 @@ def neighbouring_magnitudes(
         counter.gather(0, 0, 0)  # for its check that all weights are finite
         return 0.0, 0.0
     rank, _ = reference.position(counter.size, sparsity)
-    first, second = order_statistics(counter, rank, forecast)
+    first, second = order_statistics(counter, rank, forecast, limits=limits)
     return counter.magnitude(first), counter.magnitude(second)
 
 
@@ -214,7 +236,9 @@ class Forecast:
         self._magnitude = magnitude
 
 
-def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = None) -> tuple[int, int]:
+def order_statistics(
+    counter: Counter, rank: int, forecast: Forecast | None = None, *, limits: Limits = _ALONE
+) -> tuple[int, int]:
     """Keys of rank ``rank`` and ``rank + 1`` (0-based); the key of infinity where there is no second.
 
     Counts an interval that probably holds the rank, by the forecast or else by a sample. Few keys in it
@@ -225,18 +249,18 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
     before, end = 0, counter.size  # keys below low, keys below high
     warm = forecast.interval(counter) if forecast else None
     if forecast and warm and isinstance(counter, ArrayCounter):
-        found = counter.neighbours(warm[0], warm[1], rank, _few(counter))
+        found = counter.neighbours(warm[0], warm[1], rank, _few(counter, limits))
         if found:
             return _learned(counter, found, forecast)
-    first, last, expected = warm or _guess(counter, rank)
+    first, last, expected = warm or _guess(counter, rank, limits)
     while high - low > 1:
-        if expected <= CAPACITY:
-            below, inside, keys = counter.gather(first, last, CAPACITY)
+        if expected <= limits.capacity:
+            below, inside, keys = counter.gather(first, last, limits.capacity)
             if keys is not None and below <= rank < below + inside:
-                return _pick(counter, keys, rank - below, forecast)
+                return _pick(counter, keys, rank - below, forecast, limits)
             ends, shift = np.array([below + inside]), (last - first).bit_length()
         else:
-            shift = max((last - first - 1).bit_length() - (BINS.bit_length() - 1), 0)
+            shift = max((last - first - 1).bit_length() - (limits.bins.bit_length() - 1), 0)
             below, bins = counter.histogram(first, last, shift)
             ends = below + np.cumsum(bins)
         if rank < below:
@@ -247,10 +271,10 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
             bin = int(np.searchsorted(ends, rank, side="right"))
             low, high = first + (bin << shift), min(last, first + ((bin + 1) << shift))
             before, end = int(ends[bin - 1]) if bin else below, int(ends[bin])
-        was_gathered = expected <= CAPACITY and (first, last) == (low, high)
-        first, last, expected = low, high, CAPACITY + 1 if was_gathered else end - before
-        if warm and expected > CAPACITY:  # the forecast was wrong: look at a sample after all
-            warm, (left, right, expected) = None, _guess(counter, rank)
+        was_gathered = expected <= limits.capacity and (first, last) == (low, high)
+        first, last, expected = low, high, limits.capacity + 1 if was_gathered else end - before
+        if warm and expected > limits.capacity:  # the forecast was wrong: look at a sample after all
+            warm, (left, right, expected) = None, _guess(counter, rank, limits)
             first, last = max(left, low), min(right, high)
             if first >= last:
                 first, last, expected = low, high, end - before
@@ -259,9 +283,9 @@ def order_statistics(counter: Counter, rank: int, forecast: Forecast | None = No
     return low, low if rank + 1 < end else counter.successor(low)
 
 
-def _pick(counter: Counter, keys: np.ndarray, index: int, forecast: Forecast | None) -> tuple[int, int]:
+def _pick(counter: Counter, keys: np.ndarray, index: int, forecast: Forecast | None, limits: Limits) -> tuple[int, int]:
     """Keys number ``index`` and ``index + 1`` in order; ``keys`` is an interval's worth of them."""
-    few, end = _few(counter) if forecast else 0, len(keys) - 1
+    few, end = _few(counter, limits) if forecast else 0, len(keys) - 1
     around = [max(index - few, 0), index, min(index + 1, end), min(index + few, end)]
     if len(keys) <= _SORTED:
         keys.sort()
@@ -273,8 +297,9 @@ def _pick(counter: Counter, keys: np.ndarray, index: int, forecast: Forecast | N
     return _learned(counter, found, forecast)
 
 
-def _few(counter: Counter) -> int:
-    return max(_FEW, counter.size // _FEW_SHARE)
+def _few(counter: Counter, limits: Limits) -> int:
+    few = max(_FEW, counter.size // _FEW_SHARE)
+    return few if limits.few is None else min(few, limits.few)
 
 
 def _learned(counter: Counter, keys: Sequence[int], forecast: Forecast | None) -> tuple[int, int]:
@@ -286,9 +311,9 @@ def _learned(counter: Counter, keys: Sequence[int], forecast: Forecast | None) -
     return key, following
 
 
-def _guess(counter: Counter, rank: int) -> tuple[int, int, int]:
+def _guess(counter: Counter, rank: int, limits: Limits = _ALONE) -> tuple[int, int, int]:
     """Interval that probably holds the rank, from a sample, and how many keys it may hold."""
-    keys = counter.sample(int(min(_SAMPLE, counter.size * _SAMPLE_SHARE + 1)))
+    keys = counter.sample(int(min(limits.sample, counter.size * _SAMPLE_SHARE + 1)))
     share = (rank + 0.5) / counter.size
     margin = _SAMPLE_MARGIN * np.sqrt(len(keys) * share * (1 - share)) + 2
     left, right = int(share * len(keys) - margin), int(share * len(keys) + margin) + 1

@@ -117,15 +117,25 @@ def test_find_thresholds_never_writes(arrays, sparsity, method):
     assert [a.tobytes() for a in arrays] == before
 
 
+limits = st.builds(
+    search.Limits,
+    bins=st.sampled_from([1 << 3, 1 << 10]),
+    capacity=st.sampled_from([0, 3, 1000]),
+    few=st.sampled_from([None, 1]),
+)
+
+
 @given(weight_lists(huge=False), sparsities, methods, st.data())
 def test_search_is_exact_whatever_the_guess(arrays, sparsity, method, data):
     expected = find_thresholds(arrays, sparsity, method)
     keys = data.draw(st.lists(st.integers(0, 0x7F800000), min_size=1, max_size=20).map(sorted))
+    dtypes = [a.dtype for a in arrays]
+    units = search.tensor_units([a.shape for a in arrays], dtypes, get_method(method))
+    counter = counting.ArrayCounter(arrays, units, ["w"] * len(arrays))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "CAPACITY", data.draw(st.sampled_from([0, 3, 1000])))
-        patch.setattr(search, "BINS", data.draw(st.sampled_from([1 << 3, 1 << 10])))
         patch.setattr(counting.ArrayCounter, "sample", lambda self, count: np.array(keys, self.key_dtype))
-        assert find_thresholds(arrays, sparsity, method).tobytes() == expected.tobytes()
+        found = search.count_thresholds(counter, sparsity, units, dtypes, limits=data.draw(limits))
+        assert found.tobytes() == expected.tobytes()
 
 
 @given(
@@ -137,12 +147,11 @@ def test_search_is_exact_whatever_the_forecast(histories, shares, data):
     """One forecast for weights that have nothing to do with each other."""
     forecast = search.Forecast()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "CAPACITY", data.draw(st.sampled_from([0, 3, 1000])))
         patch.setattr(search, "_FEW", data.draw(st.sampled_from([1, 100])))
         for arrays, sparsity in zip(histories, shares, strict=False):
             units, dtypes = [1.0] * len(arrays), [a.dtype for a in arrays]
             counter = counting.ArrayCounter(arrays, units, ["w"] * len(arrays))
-            found = search.count_thresholds(counter, sparsity, units, dtypes, forecast)
+            found = search.count_thresholds(counter, sparsity, units, dtypes, forecast, limits=data.draw(limits))
             assert found.tobytes() == reference.find_thresholds(arrays, sparsity, "magnitude").tobytes()
 
 
