@@ -183,8 +183,15 @@ def _parts(sparsity: float, count: int) -> dict[str, float]:
         "before the forward pass: Python": hook - apply,
         "`Sparsifier.step()`: compiled kernel": look,
         "`Sparsifier.step()`: Python": search - look,
+        "all before the forward pass, nothing in between": _alone(lambda: sparsifier._before_forward(model, ()), count),
+        "`Sparsifier.step()`, nothing in between": _alone(sparsifier.step, count),
     }
     return {name: 1e6 * float(np.median(seconds)) for name, seconds in named.items()}
+
+
+def _alone(run: Call, count: int) -> list[float]:
+    """Seconds of every call, one right after the other."""
+    return alternating({"alone": run}, count)["alone"]
 
 
 class _Spent:
