@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from st3_torch import fsdp, sharded
+from st3_torch import ddp, fsdp, sharded
 from st3_torch.counting import TensorCounter
 from st3_torch.layers import Rule, Site, find_kernels, kernel_layouts, raw_parameter
 from st3_torch.macs import multiply_adds
@@ -146,6 +146,7 @@ class Sparsifier:
         self._shapes = [kernel.raw.shape for kernel in self._kernels]
         self._sites = [site for kernel in self._kernels for site in kernel.sites]
         fsdp.follow(model, fsdp.moves(self._sites))
+        ddp.keep_thresholds_here(model)
         self._plan: Plan | None = None
         self._slots: list[list[Slot]] | None = None
         self._raw_places: list[RawPlace] | None = None
@@ -242,6 +243,7 @@ class Sparsifier:
             self._warn_if_early("finalize")
         records = fsdp.managed_parameters(self.model, self._sites)
         moves = fsdp.moves_back(self._sites)
+        ddp.undo(self.model)
         for kernel in self._kernels:
             weight, raw = kernel.effective(records.get(id(kernel.raw))), kernel.raw
             for site, order in zip(kernel.sites, kernel.orders, strict=True):

@@ -6,9 +6,12 @@ gradients of 1/1024, so that all their sums of products are exact in float32.
 """
 
 import contextlib
+import io
+import re
 import warnings
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +215,44 @@ def ddp_equals_one_process():
         assert sparsifier.sparsity == expected.sparsity
         sparsifier.finalize()
         assert [name for name, _ in model.named_parameters()] == [name for name, _ in make_model().named_parameters()]
+
+
+@check(2)
+def ddp_sends_no_thresholds():
+    plain, sparse = make_model(), make_model()
+    sparsifier = Sparsifier(sparse, schedule())
+    wrappers = [DistributedDataParallel(model) for model in (plain, sparse)]
+    for wrapper in wrappers:
+        wrapper(batch(0)[0])
+        assert not wrapper.will_sync_module_buffers()
+    with early():
+        sparsifier.finalize()
+    assert vars(sparse).keys() == vars(plain).keys()
+
+
+@check(2)
+def ddp_trains_models_of_which_every_process_uses_another_part():
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    model.forward = lambda values: model[dist.get_rank()](values)
+    sparsifier = Sparsifier(model, schedule())
+    wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+    wrapper(torch.ones(1, 4)).sum().backward()
+    assert all(bool((parameter.grad == 0.5).all()) for parameter in model.parameters())
+    sparsifier.step()
+
+
+@check(2)
+def the_page_runs():
+    path = Path(__file__).parents[2] / "docs/distributed.md"
+    blocks = re.findall(r"^```(python|output)\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    namespace, printed = {"__name__": "document"}, ""
+    for kind, text in blocks:
+        if kind == "output":
+            assert printed == text
+        elif "destroy_process_group" not in text:  # others are still to come
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(text, path, "exec"), namespace)
+            printed = out.getvalue()
 
 
 @check(2, 4)
