@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy_page, alternatives, bounds, network, page, shapes, sizes, step, timing
+from benchmarks import accuracy_page, alternatives, bounds, distributed, network, page, shapes, sizes, step, timing
 from st3core import find_thresholds, sparsify
 
 FIGURES = json.loads(page.RESULTS.read_text(encoding="utf-8"))
@@ -43,6 +43,21 @@ def test_accuracies_were_measured_with_the_same_settings():
 def test_readme_table_is_what_the_figures_make():
     readme = page.README.read_text(encoding="utf-8")
     assert page.with_table(readme, page.readme_table(FIGURES)) == readme
+
+
+SHARDED = json.loads(distributed.RESULTS.read_text(encoding="utf-8"))
+
+
+def test_distributed_page_has_the_table_of_its_figures():
+    text = distributed.PAGE.read_text(encoding="utf-8")
+    assert distributed.with_table(text, SHARDED) == text
+
+
+def test_sharded_search_takes_less_than_a_megabyte_and_sends_less_than_that_whatever_the_size():
+    for row in SHARDED["rows"]:
+        assert max(row["resident"], row["traced"], row["first"], *row["later"]) < 2**20
+    assert {row["processes"] for row in SHARDED["rows"]} == {2, 4}
+    assert len({row["weights"] for row in SHARDED["rows"]}) == 3
 
 
 def test_with_table_wants_one_place():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -52,6 +52,14 @@ class Site:
     def tensor(self) -> torch.Tensor:
         """The parameter there, before it is parametrized."""
         return cast(torch.Tensor, self.module._parameters[self.tensor_name])
+
+
+def raw_parameter(site: Site) -> nn.Parameter:
+    """The Parameter that the optimizer trains, whether or not it is parametrized."""
+    lists: Any = site.module._modules.get("parametrizations")
+    if lists is None or site.tensor_name not in lists._modules:
+        return cast(nn.Parameter, site.module._parameters[site.tensor_name])
+    return cast(nn.Parameter, lists._modules[site.tensor_name]._parameters["original"])
 
 
 class Selection(NamedTuple):

@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from st3_torch.placements import is_dtensor
+
 NUMPY_DTYPES = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
@@ -16,7 +18,7 @@ NUMPY_DTYPES = {
 
 def on_cpu(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory can be handed to compiled code of this process."""
-    return tensor.device.type == "cpu"
+    return tensor.device.type == "cpu" and not is_dtensor(tensor)
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

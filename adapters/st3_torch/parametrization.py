@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from st3_torch.fsdp import plain_class
 from st3_torch.layers import ChannelLayout, Site
 from st3_torch.operator import forward_weight
+from st3_torch.placements import spread_like
 from st3_torch.recurrent import follow_parametrizations, leave_parametrizations
 from st3core.method import Method
 
@@ -44,7 +46,7 @@ class SparseWeight(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Forward weight of the raw weight."""
         if self.mask is not None:
-            return torch.where(self.mask, weight, 0)
+            return torch.where(spread_like(self.mask, weight), weight, 0)
         return forward_weight(weight, self.threshold, self.method, self.layout)
 
     def extra_repr(self) -> str:
@@ -54,17 +56,16 @@ class SparseWeight(nn.Module):
 
 
 def attach(site: Site, parametrization: SparseWeight) -> None:
-    """Put the parametrization on a module's tensor; the Parameter stays the same object."""
-    parametrize.register_parametrization(site.module, site.tensor_name, parametrization, unsafe=True)
+    """Put the parametrization on a module's tensor; the Parameter stays the same object, with all that hangs on it."""
+    parameters, name = site.module._parameters, site.tensor_name
+    raw = cast(nn.Parameter, parameters[name])
+    # PyTorch writes to the parameter that it parametrizes. That gives it another node to accumulate its gradient,
+    # and whoever waits at the one from before, as DistributedDataParallel does, would wait in vain.
+    parameters[name] = nn.Parameter(raw.new_empty(0), requires_grad=raw.requires_grad)
+    parametrize.register_parametrization(site.module, name, parametrization, unsafe=True)
+    lists: Any = site.module._modules["parametrizations"]
+    lists[name]._parameters["original"] = raw
     _make_copyable(site.module)
-
-
-def raw_parameter(site: Site) -> nn.Parameter:
-    """The Parameter that the optimizer trains, whether or not it is parametrized."""
-    lists: Any = site.module._modules.get("parametrizations")
-    if lists is None or site.tensor_name not in lists._modules:
-        return cast(nn.Parameter, site.module._parameters[site.tensor_name])
-    return cast(nn.Parameter, lists._modules[site.tensor_name]._parameters["original"])
 
 
 RawPlace = tuple[dict[str, Any], str]
@@ -89,15 +90,16 @@ def detach(site: Site, order: list[str]) -> None:
 
     ``torch`` puts the tensor last, but optimizers number parameters by their order.
     """
-    parametrize.remove_parametrizations(site.module, site.tensor_name, leave_parametrized=False)
-    parameters = site.module._parameters
-    for name in order:
-        if name in parameters:
-            parameters[name] = parameters.pop(name)
-    if parametrize.is_parametrized(site.module):
-        _make_plain(site.module)
-    if not _is_ours(site.module):
-        leave_parametrizations(site.module)
+    with plain_class(site.module):
+        parametrize.remove_parametrizations(site.module, site.tensor_name, leave_parametrized=False)
+        parameters = site.module._parameters
+        for name in order:
+            if name in parameters:
+                parameters[name] = parameters.pop(name)
+        if parametrize.is_parametrized(site.module):
+            _make_plain(site.module)
+        if not _is_ours(site.module):
+            leave_parametrizations(site.module)
 
 
 # PyTorch gives a parametrized module a class of its own, which pickle cannot find and which copies

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from st3_torch import ddp, fsdp, sharded
 from st3_torch.counting import TensorCounter
-from st3_torch.layers import Rule, Site, find_kernels, kernel_layouts
+from st3_torch.layers import Rule, Site, find_kernels, kernel_layouts, raw_parameter
 from st3_torch.macs import multiply_adds
 from st3_torch.memory import NUMPY_DTYPES, as_array
 from st3_torch.memory import on_cpu as _on_cpu
@@ -23,12 +24,12 @@ from st3_torch.parametrization import (
     attach,
     clear_ready,
     detach,
-    raw_parameter,
     raw_parameters,
     raw_place,
     set_ready,
     slot,
 )
+from st3_torch.placements import is_dtensor, local, spread_like
 from st3_torch.plan import Plan, can_plan
 from st3_torch.state import check_state
 from st3core import PolynomialSchedule
@@ -53,17 +54,21 @@ class _Kernel:
     def raw(self) -> nn.Parameter:
         return raw_parameter(self.sites[0])
 
-    def zeros(self) -> int:
-        """Number of zeros in the forward weight."""
-        raw, parametrization = self.raw.detach(), self.parametrization
+    def zeros(self, record: Any = None) -> int:
+        """Number of zeros in what this process holds of the forward weight; see :meth:`effective`."""
+        raw, parametrization = self.raw, self.parametrization
         site = self.sites[0]
+        dtype = raw.dtype if record is None else fsdp.forward_dtype(record, raw)
         if parametrization.mask is not None or not is_parametrized(site.module, site.tensor_name):
-            weight = self.effective()
+            weight = local(self.effective()).to(dtype)
             return weight.numel() - int(weight.count_nonzero())
-        return int((raw.abs() <= parametrization.threshold.to(raw.dtype)).sum())
+        return int((local(raw).to(dtype).abs() <= parametrization.threshold.to(dtype)).sum())
 
-    def effective(self) -> torch.Tensor:
+    def effective(self, record: Any = None) -> torch.Tensor:
+        """Forward weight, spread over processes as the raw one is; ``record`` is FSDP's, if the two differ in more."""
         site = self.sites[0]
+        if record is not None and self.parametrization.mask is None:
+            return fsdp.apply_gathered(self.parametrization, self.raw, record)
         with torch.no_grad():
             return cast(torch.Tensor, getattr(site.module, site.tensor_name)).detach()
 
@@ -125,9 +130,12 @@ class Sparsifier:
                 "Sparsifier: model is sparsified already, got a model with SparseWeight parametrizations; "
                 "use its Sparsifier, or finalize it first"
             )
+        fsdp.reject_flat_parameters(model)
+        fsdp.reshard(model)
         self.model, self.schedule, self.method = model, schedule, get_method(method)
         kernels, self._skipped = find_kernels(model, include, exclude)
         weights = {name: _weight(sites[0]) for name, sites in kernels.items()}
+        fsdp.managed_parameters(model, [site for sites in kernels.values() for site in sites])
         first = _find_thresholds(weights, schedule(0), self.method)
         self._step = 0
         self._frozen = self._finalized = False
@@ -135,6 +143,10 @@ class Sparsifier:
         orders = [[list(site.module._parameters) for site in sites] for sites in kernels.values()]
         parts = zip(kernels.items(), orders, strict=True)  # orders from before any of them is attached
         self._kernels = [_attach(name, sites, order, self.method) for (name, sites), order in parts]
+        self._shapes = [kernel.raw.shape for kernel in self._kernels]
+        self._sites = [site for kernel in self._kernels for site in kernel.sites]
+        fsdp.follow(model, fsdp.moves(self._sites))
+        ddp.keep_thresholds_here(model)
         self._plan: Plan | None = None
         self._slots: list[list[Slot]] | None = None
         self._raw_places: list[RawPlace] | None = None
@@ -180,8 +192,7 @@ class Sparsifier:
     @property
     def sparsity(self) -> float:
         """Measured share of zeros over all the sparsified weights."""
-        zeros = sum(kernel.zeros() for kernel in self._kernels)
-        return zeros / sum(kernel.raw.numel() for kernel in self._kernels)
+        return sum(self._zeros()) / sum(shape.numel() for shape in self._shapes)
 
     def report(self, *inputs: Any) -> Report:
         """Zeros per layer; multiply-adds too if an example of the model's inputs is given.
@@ -194,10 +205,10 @@ class Sparsifier:
         """
         macs = multiply_adds(self.model, inputs) if inputs else {}
         layers = []
-        for kernel in self._kernels:
+        for kernel, shape, zeros in zip(self._kernels, self._shapes, self._zeros(), strict=True):
             counts = [macs.get((id(site.module), site.tensor_name)) for site in kernel.sites]
             dense = None if None in counts else sum(count for count in counts if count is not None)
-            layers.append(LayerReport(kernel.name, tuple(kernel.raw.shape), kernel.zeros(), dense))
+            layers.append(LayerReport(kernel.name, tuple(shape), zeros, dense))
         return Report(self.method.name, self.target_sparsity, tuple(layers), self._skipped)
 
     def freeze(self) -> None:
@@ -210,8 +221,9 @@ class Sparsifier:
         if self._frozen:
             return
         self._warn_if_early("freeze")
+        records = fsdp.managed_parameters(self.model, self._sites)
         for kernel in self._kernels:
-            weight = kernel.effective()
+            weight = kernel.effective(records.get(id(kernel.raw)))
             with torch.no_grad():
                 kernel.raw.copy_(weight)
             kernel.parametrization.mask = weight != 0
@@ -229,12 +241,16 @@ class Sparsifier:
         self._require_open("finalize")
         if not self._frozen:
             self._warn_if_early("finalize")
+        records = fsdp.managed_parameters(self.model, self._sites)
+        moves = fsdp.moves_back(self._sites)
+        ddp.undo(self.model)
         for kernel in self._kernels:
-            weight, raw = kernel.effective(), kernel.raw
+            weight, raw = kernel.effective(records.get(id(kernel.raw))), kernel.raw
             for site, order in zip(kernel.sites, kernel.orders, strict=True):
                 detach(site, order)
             with torch.no_grad():
                 raw.copy_(weight)
+        fsdp.follow(self.model, moves)
         for hook in self._hooks:
             hook.remove()
         self._plan, self._finalized = None, True
@@ -248,7 +264,7 @@ class Sparsifier:
             "method": asdict(self.method),
             "schedule": schedule_state(self.schedule),
             "applied_sparsity": self._applied_sparsity,
-            "shapes": {kernel.name: list(kernel.raw.shape) for kernel in self._kernels},
+            "shapes": {kernel.name: list(shape) for kernel, shape in zip(self._kernels, self._shapes, strict=True)},
             "thresholds": self.thresholds,
             "masks": {name: mask.clone() for name, mask in masks.items() if mask is not None},
         }
@@ -271,7 +287,8 @@ class Sparsifier:
             self._plan = None
         for kernel in self._kernels:
             mask = state["masks"].get(kernel.name)
-            kernel.parametrization.mask = None if mask is None else mask.to(kernel.raw.device).clone()
+            raw = kernel.raw
+            kernel.parametrization.mask = None if mask is None else spread_like(mask.to(raw.device), raw).clone()
 
     def _warn_if_early(self, member: str) -> None:
         if self._applied_sparsity < self.schedule.target_sparsity:
@@ -286,6 +303,18 @@ class Sparsifier:
         # Addresses and dictionaries of modules; a copy has others.
         return {**self.__dict__, "_plan": None, "_slots": None, "_raw_places": None}
 
+    def _zeros(self) -> list[int]:
+        """Zeros of every kernel's forward weight; every process that holds shards has to ask."""
+        self._reshard()
+        records = fsdp.managed_parameters(self.model, self._sites)
+        zeros = [kernel.zeros(records.get(id(kernel.raw))) for kernel in self._kernels]
+        raw = [kernel.raw for kernel in self._kernels]
+        return sharded.total_counts(zeros, raw) if any(map(is_dtensor, raw)) else zeros
+
+    def _reshard(self) -> None:
+        if fsdp.is_managed(self._sites):
+            fsdp.reshard(self.model)
+
     def _raw(self) -> list[torch.Tensor]:
         if self._raw_places is None:
             self._raw_places = [raw_place(kernel.sites[0]) for kernel in self._kernels]
@@ -297,7 +326,9 @@ class Sparsifier:
     def _find_thresholds(self, raw: Sequence[torch.Tensor], sparsity: float, plan: Plan | None) -> NDArray[np.float64]:
         if plan is not None:
             return plan.find_thresholds(sparsity)
-        return _find_thresholds({k.name: w for k, w in zip(self._kernels, raw, strict=True)}, sparsity, self.method)
+        named = {kernel.name: weight for kernel, weight in zip(self._kernels, raw, strict=True)}
+        _check_shapes(named, self._shapes)
+        return _find_thresholds(named, sparsity, self.method, self._forecast)
 
     def _set_thresholds(self, thresholds: NDArray[np.float64], plan: Plan | None) -> None:
         self._thresholds = thresholds
@@ -314,7 +345,9 @@ class Sparsifier:
             return self._plan
         parametrizations = [kernel.parametrization for kernel in self._kernels]
         names = [kernel.name for kernel in self._kernels]
-        possible = can_plan(raw, [parametrization.layout for parametrization in parametrizations])
+        possible = not fsdp.is_managed(self._sites) and can_plan(
+            raw, [parametrization.layout for parametrization in parametrizations]
+        )
         self._plan = Plan(raw, parametrizations, names, self.method, self._forecast) if possible else None
         return self._plan
 
@@ -353,6 +386,7 @@ class Sparsifier:
         if self._finalized:
             raise RuntimeError(f"Sparsifier.{member}: the model has been finalized; create a new Sparsifier")
         self._clear_ready()  # an interrupted forward pass may have left them
+        self._reshard()
 
 
 def _attach(name: str, sites: list[Site], orders: list[list[str]], method: Method) -> _Kernel:
@@ -368,8 +402,21 @@ def _weight(site: Site) -> torch.Tensor:
     return weight
 
 
-def _find_thresholds(weights: Mapping[str, torch.Tensor], sparsity: float, method: Method) -> NDArray[np.float64]:
+def _check_shapes(weights: Mapping[str, torch.Tensor], shapes: Sequence[torch.Size]) -> None:
+    for (name, weight), shape in zip(weights.items(), shapes, strict=True):
+        if weight.shape != shape:
+            raise ValueError(
+                f"Sparsifier: {name} must keep its shape {tuple(shape)}, got {tuple(weight.shape)}; if the model was "
+                "flattened to shard it, use torch.distributed.fsdp.fully_shard"
+            )
+
+
+def _find_thresholds(
+    weights: Mapping[str, torch.Tensor], sparsity: float, method: Method, forecast: Forecast | None = None
+) -> NDArray[np.float64]:
     names, tensors = list(weights), [weight.detach() for weight in weights.values()]
+    if any(is_dtensor(tensor) for tensor in tensors):
+        return sharded.find_thresholds(tensors, sparsity, method, names, forecast)
     if all(_on_cpu(tensor) for tensor in tensors):
         return find_named_thresholds([as_array(t) for t in tensors], sparsity, method, names)
     dtypes = [NUMPY_DTYPES[tensor.dtype] for tensor in tensors]

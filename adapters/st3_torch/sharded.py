@@ -1,0 +1,110 @@
+"""The global threshold of weights that are sharded over processes: what travels are counts, never weights."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from st3_torch.counting import TensorCounter
+from st3_torch.memory import NUMPY_DTYPES, as_array, on_cpu
+from st3_torch.placements import is_dtensor, local, sharding
+from st3core.counting import ArrayCounter, SummedCounter
+from st3core.method import Method
+from st3core.search import TRAVELLING, Counter, Forecast, count_thresholds, tensor_units
+
+
+class Grid:
+    """The processes that hold shards, as :class:`st3core.counting.Peers`: all that the weights' cuts lead to.
+
+    Processes that hold copies of all shards, as in hybrid sharding, are not among them: they come to the same
+    results with peers of their own.
+
+    Args:
+        weights: sharded or not, the same on every process.
+
+    Raises:
+        ValueError: the cuts are not along the dimensions of one mesh.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        groups = {tuple(dist.get_process_group_ranks(g)): g for w in weights for _, g in sharding(w)}
+        for one, other in combinations(groups, 2):
+            if len(set(one) & set(other)) > 1:
+                raise ValueError(
+                    "Sparsifier: all weights must be sharded along the dimensions of one mesh, got shards over "
+                    f"the ranks {list(one)} and over {list(other)}"
+                )
+        self._groups = list(groups.values())
+        self._device = next((w.device_mesh.device_type for w in weights if is_dtensor(w)), "cpu")  # type: ignore[attr-defined]
+        sizes = [dist.get_world_size(group) for group in self._groups]
+        places = [dist.get_rank(group) for group in self._groups]
+        self.count = prod(sizes)
+        self.index = int(np.ravel_multi_index(places, sizes)) if sizes else 0
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Elementwise sum over all the processes, dimension by dimension."""
+        total = torch.from_numpy(values.copy()).to(self._device)
+        for group in self._groups:
+            dist.all_reduce(total, group=group)
+        return total.cpu().numpy()
+
+    def owns(self, weight: torch.Tensor) -> bool:
+        """Whether this process is the one that counts what it holds of the weight; others may hold the same."""
+        cuts = [group for _, group in sharding(weight)]
+        across = [group for group in self._groups if not any(_same(group, cut) for cut in cuts)]
+        return all(dist.get_rank(group) == 0 for group in across)
+
+
+def find_thresholds(
+    weights: Sequence[torch.Tensor],
+    sparsity: float,
+    method: Method,
+    names: Sequence[str],
+    forecast: Forecast | None = None,
+) -> NDArray[np.float64]:
+    """:func:`st3core.find_thresholds` of weights that are sharded over processes; all of them call it.
+
+    Args:
+        weights: sharded, replicated or of this process alone; the same, in the same order, on every process.
+        sparsity: share of zeros in [0, 1).
+        method: its score matters here.
+        names: what to call each in an error message.
+        forecast: from the searches before this one.
+
+    Returns:
+        float64, shape ``(len(weights),)``, the same bits on every process.
+
+    Raises:
+        ValueError: a weight of any process is NaN or infinite; each of them raises it.
+    """
+    grid, dtypes = Grid(weights), [NUMPY_DTYPES[weight.dtype] for weight in weights]
+    units = tensor_units([weight.shape for weight in weights], dtypes, method)
+    parts = [local(weight) for weight in weights]
+    counted = [part if grid.owns(w) else part.new_empty(0) for part, w in zip(parts, weights, strict=True)]
+    here = f"(the part of rank {dist.get_rank()})"
+    counter = _counter(counted, units, [f"{name} {here}" for name in names])
+    summed = SummedCounter(counter, grid, sum(weight.numel() for weight in weights))
+    return count_thresholds(summed, sparsity, units, dtypes, forecast, limits=TRAVELLING)
+
+
+def total_counts(counts: Sequence[int], weights: Sequence[torch.Tensor]) -> list[int]:
+    """Counts over whole weights, from every process's counts over its own parts."""
+    grid = Grid(weights)
+    own = [count if grid.owns(weight) else 0 for count, weight in zip(counts, weights, strict=True)]
+    result: list[int] = grid.sum(np.array(own, np.int64)).tolist()
+    return result
+
+
+def _counter(parts: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> Counter:
+    if all(on_cpu(part) for part in parts):
+        return ArrayCounter([as_array(part) for part in parts], units, names)
+    return TensorCounter(parts, units, names)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return dist.get_process_group_ranks(one) == dist.get_process_group_ranks(other)
