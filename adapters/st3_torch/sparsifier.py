@@ -248,6 +248,7 @@ class Sparsifier:
             "method": asdict(self.method),
             "schedule": schedule_state(self.schedule),
             "applied_sparsity": self._applied_sparsity,
+            "frozen": self._frozen,
             "shapes": {kernel.name: list(kernel.raw.shape) for kernel in self._kernels},
             "thresholds": self.thresholds,
             "masks": {name: mask.clone() for name, mask in masks.items() if mask is not None},
@@ -266,7 +267,7 @@ class Sparsifier:
         self._step, self._applied_sparsity = state["step"], state["applied_sparsity"]
         thresholds = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
         self._set_thresholds(thresholds, self._fitting_plan(self._raw()))
-        self._frozen = bool(state["masks"])
+        self._frozen = state["frozen"]
         if self._frozen:
             self._plan = None
         for kernel in self._kernels:

@@ -364,9 +364,15 @@ def other_states():
     for bad in ("x", -0.2, float("nan")):
         yield "must have a threshold of 0 or more for 6.weight", {**base, "thresholds": {**thresholds, "6.weight": bad}}
     mask = torch.ones(3, 150, dtype=torch.bool)
-    yield "must have a mask for every kernel or none, got \\['6.weight'\\]", {**base, "masks": {"6.weight": mask}}
+    for frozen in (False, True):
+        message = (
+            f"must have a mask for every kernel if it is frozen, .*, got frozen={frozen} and masks of \\['6.weight'\\]"
+        )
+        yield message, {**base, "frozen": frozen, "masks": {"6.weight": mask}}
+    yield "must have True or False in 'frozen', got 1", {**base, "frozen": 1}
     masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
-    yield "must have a bool mask of shape \\[3, 150\\] for 6.weight", {**base, "masks": {**masks, "6.weight": mask[:1]}}
+    cut = {**base, "frozen": True, "masks": {**masks, "6.weight": mask[:1]}}
+    yield "must have a bool mask of shape \\[3, 150\\] for 6.weight", cut
 
 
 @pytest.mark.parametrize(("message", "state"), list(other_states()))
