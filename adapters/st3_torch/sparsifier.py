@@ -184,7 +184,7 @@ class Sparsifier:
         return zeros / sum(kernel.raw.numel() for kernel in self._kernels)
 
     def report(self, *inputs: Any) -> Report:
-        """Zeros per layer; multiply-adds too if an example of the model's inputs is given.
+        """Zeros and bytes per layer; multiply-adds too if an example of the model's inputs is given.
 
         Args:
             inputs: what the model is called with, once, without gradients and in evaluation mode.
@@ -197,7 +197,8 @@ class Sparsifier:
         for kernel in self._kernels:
             counts = [macs.get((id(site.module), site.tensor_name)) for site in kernel.sites]
             dense = None if None in counts else sum(count for count in counts if count is not None)
-            layers.append(LayerReport(kernel.name, tuple(kernel.raw.shape), kernel.zeros(), dense))
+            raw = kernel.raw
+            layers.append(LayerReport(kernel.name, tuple(raw.shape), kernel.zeros(), dense, raw.dtype.itemsize))
         return Report(self.method.name, self.target_sparsity, tuple(layers), self._skipped)
 
     def freeze(self) -> None:
