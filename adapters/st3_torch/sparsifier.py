@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
 
 from st3_torch.counting import TensorCounter
 from st3_torch.layers import Rule, Site, find_kernels, kernel_layouts
@@ -31,6 +32,7 @@ from st3_torch.parametrization import (
 )
 from st3_torch.plan import Plan, can_plan
 from st3_torch.state import check_state
+from st3_torch.updates import is_completed, trains_any, unwrapped
 from st3core import PolynomialSchedule
 from st3core._state import schedule_state
 from st3core.memory import MEMORY_FORMATS
@@ -144,6 +146,7 @@ class Sparsifier:
             model.register_forward_pre_hook(self._before_forward, prepend=True),
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
+        self._followed: RemovableHandle | None = None
         self._set_thresholds(first, self._fitting_plan(self._raw()))
 
     def step(self) -> None:
@@ -154,6 +157,49 @@ class Sparsifier:
             RuntimeError: the model has been finalized.
         """
         self._require_open("step")
+        if self._followed is not None:
+            raise RuntimeError(
+                "Sparsifier.step: the updates of an optimizer are counted by follow; leave this call out"
+            )
+        self._advance()
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> Self:
+        """Call :meth:`step` by itself after every update that this optimizer completes, whoever asks for it.
+
+        An update that :class:`torch.amp.GradScaler` skips does not count, and neither do batches whose gradients are
+        only accumulated. Only one optimizer is followed, the last one given. Copies and checkpoints of an optimizer do
+        not know of the Sparsifier: let it follow again.
+
+        Args:
+            optimizer: that trains the sparsified kernels; one that is wrapped by Accelerate or Lightning, too.
+
+        Returns:
+            The Sparsifier itself.
+
+        Raises:
+            TypeError: ``optimizer`` is not an optimizer.
+            ValueError: it trains none of the sparsified kernels.
+            RuntimeError: the model has been finalized.
+        """
+        self._require_open("follow")
+        inner = unwrapped(optimizer)
+        if not trains_any(inner, self._raw()):
+            raise ValueError("Sparsifier.follow: optimizer must train a sparsified kernel, got one that trains none")
+        self.unfollow()
+        self._followed = inner.register_step_post_hook(self._after_update)
+        return self
+
+    def unfollow(self) -> None:
+        """Follow no optimizer any more: :meth:`step` is yours to call."""
+        if self._followed is not None:
+            self._followed.remove()
+        self._followed = None
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        if is_completed(optimizer):
+            self._advance()
+
+    def _advance(self) -> None:
         step = self._step + 1
         if not self._frozen and self.schedule.is_update_step(step):
             raw, target = self._raw(), self.schedule(step)
@@ -161,6 +207,11 @@ class Sparsifier:
             self._set_thresholds(self._find_thresholds(raw, target, plan), plan)
             self._applied_sparsity = target
         self._step = step
+
+    @property
+    def raw_parameters(self) -> list[torch.Tensor]:
+        """The raw weights, which the optimizer trains: a Parameter for every sparsified kernel."""
+        return list(self._raw())
 
     @property
     def step_count(self) -> int:
@@ -238,6 +289,7 @@ class Sparsifier:
                 raw.copy_(weight)
         for hook in self._hooks:
             hook.remove()
+        self.unfollow()
         self._plan, self._finalized = None, True
         return self.model
 
@@ -285,8 +337,8 @@ class Sparsifier:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Addresses and dictionaries of modules; a copy has others.
-        return {**self.__dict__, "_plan": None, "_slots": None, "_raw_places": None}
+        # Addresses, dictionaries of modules, and a hook of an optimizer; a copy has others.
+        return {**self.__dict__, "_plan": None, "_slots": None, "_raw_places": None, "_followed": None}
 
     def _raw(self) -> list[torch.Tensor]:
         if self._raw_places is None:
