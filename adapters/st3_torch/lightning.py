@@ -23,8 +23,8 @@ class SparsifierCallback(Callback):
 
     The schedule counts completed optimizer updates: accumulated batches, and steps that a gradient scaler skips, do not
     count. The state is part of Lightning's checkpoints, so ``fit(..., ckpt_path=...)`` goes on where they were saved.
-    Every ``log_every_n_steps`` updates the Trainer's loggers get ``sparsity``, ``target_sparsity`` and
-    ``threshold/NAME`` of every kernel.
+    Every ``log_every_n_steps`` updates the Trainer's loggers get ``sparsity``, ``target_sparsity`` and ``threshold``,
+    or ``threshold/NAME`` of every kernel with methods that have several.
 
     Args:
         schedule: sparsity as a function of the completed optimizer updates.

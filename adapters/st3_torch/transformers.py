@@ -35,9 +35,9 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc] # TrainerCallba
     The model is sparsified when the Trainer is made. The schedule counts completed optimizer updates: accumulated
     batches, and steps that a gradient scaler skips, do not count. The state is part of the Trainer's checkpoints, so
     ``train(resume_from_checkpoint=...)`` goes on where they were saved, and ``load_best_model_at_end`` brings back the
-    thresholds that belong to the weights. Everything that the Trainer logs has ``sparsity``,
-    ``target_sparsity`` and ``threshold/NAME`` of every kernel too: in its ``log_history``, and in every callback that
-    comes after this one.
+    thresholds that belong to the weights. Everything that the Trainer logs has ``sparsity``, ``target_sparsity`` and
+    ``threshold`` too, or ``threshold/NAME`` of every kernel with methods that have several: in its ``log_history``, and
+    in every callback that comes after this one.
 
     Args:
         schedule: sparsity as a function of the completed optimizer updates.

@@ -162,7 +162,7 @@ def test_loggers_show_sparsity_and_thresholds(tmp_path):
     assert [int(row["step"]) for row in sparse] == [4, 8, 12, 16]
     assert [float(row["target_sparsity"]) for row in sparse] == [sp.schedule(step) for step in (4, 8, 12, 16)]
     assert float(sparse[-1]["sparsity"]) == sp.sparsity
-    assert float(sparse[-1]["threshold/net.6.weight"]) == sp.thresholds["net.6.weight"]
+    assert float(sparse[-1]["threshold"]) == sp.thresholds["net.6.weight"]
 
 
 def test_fitting_twice_counts_once(tmp_path):
