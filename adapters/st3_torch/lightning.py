@@ -76,8 +76,8 @@ class SparsifierCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, if an update was made and it is time."""
-        step = trainer.global_step
-        if step == self._logged_step or step % trainer.log_every_n_steps:
+        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined] # set elsewhere
+        if step == self._logged_step or step % interval:
             return
         self._logged_step = step
         found = metrics(self._required()) if trainer.loggers else {}

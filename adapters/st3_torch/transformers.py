@@ -4,7 +4,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ The Trainer's own way, ``ExportableState``, restores nothing unless it is asked 
 """
 
 
-class SparsifierCallback(TrainerCallback):  # type: ignore[misc] # TrainerCallback is Any where it is not installed
+class SparsifierCallback(TrainerCallback):
     """Trains the Trainer's model sparse: give it to the Trainer, and call ``sparsifier.finalize()`` at the end.
 
     The model is sparsified when the Trainer is made. The schedule counts completed optimizer updates: accumulated
@@ -71,13 +71,14 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc] # TrainerCallba
     ) -> None:
         """Load the state of a checkpoint, if there is one, and follow the optimizer."""
         sparsifier = self._required()
-        if _ENTRY in state.stateful_callbacks:
-            sparsifier.load_state_dict(_from_json(state.stateful_callbacks[_ENTRY]))
+        saved = _saved(state)
+        if _ENTRY in saved:
+            sparsifier.load_state_dict(_from_json(saved[_ENTRY]))
         sparsifier.follow(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the state where the Trainer will save it."""
-        state.stateful_callbacks[_ENTRY] = _to_json(self._required().state_dict())
+        _saved(state)[_ENTRY] = _to_json(self._required().state_dict())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add sparsity and thresholds to what is logged."""
@@ -101,6 +102,10 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc] # TrainerCallba
                 "SparsifierCallback: there is no Sparsifier; give the callback to the Trainer's callbacks"
             )
         return self.sparsifier
+
+
+def _saved(state: TrainerState) -> dict[str, Any]:
+    return cast(dict[str, Any], state.stateful_callbacks)  # a dictionary, whatever its annotation says
 
 
 def _to_json(state: Mapping[str, Any]) -> dict[str, Any]:
