@@ -47,11 +47,15 @@ def equal(a, b):
     return a == b
 
 
+def environment():
+    """For other processes: they import what is tested here."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])}
+
+
 def run(path, *arguments):
     """Run the program that saves after every step."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])}
     command = [sys.executable, "-m", "tests.st3_torch.killed", str(path), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=300).returncode
+    return subprocess.run(command, cwd=ROOT, env=environment(), check=False, timeout=300).returncode
 
 
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path):
