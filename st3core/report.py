@@ -105,7 +105,7 @@ class Report:
 
     @property
     def sparse_bytes(self) -> int:
-        """Bytes of the sparsified tensors, each stored as :attr:`LayerReport.sparse_bytes` says."""
+        """Bytes of the sparsified tensors, each stored as ``LayerReport.sparse_bytes`` says."""
         return sum(layer.sparse_bytes for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:

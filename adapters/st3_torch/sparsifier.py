@@ -210,7 +210,7 @@ class Sparsifier:
 
     @property
     def raw_parameters(self) -> list[torch.Tensor]:
-        """The raw weights, which the optimizer trains: a Parameter for every sparsified kernel."""
+        """Raw weight of every sparsified kernel, as the Parameter that the optimizer trains."""
         return list(self._raw())
 
     @property

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 import st3core
 from st3_torch import Sparsifier
@@ -504,6 +505,21 @@ def test_report():
     model[1].eval()
     sp.report(images)
     assert [m.training for m in (model, model[0], model[1])] == [True, True, False]
+
+
+def test_multiply_adds_are_those_of_the_flop_counter():
+    model, (images, _) = small_net(), batch()
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    sp = Sparsifier(model, ramp(0.9, end=0))
+    report = sp.report(images)
+    assert report.dense_macs == counter.get_total_flops() // 2
+    counted = {part: sum(flops.values()) // 2 for part, flops in counter.get_flop_counts().items()}
+    for layer in report.layers:
+        dense = counted[f"Sequential.{layer.name.removesuffix('.weight')}"]
+        kept = np.count_nonzero(model[int(layer.name[0])].weight.detach().numpy()) / layer.weights
+        assert layer.dense_macs == dense
+        assert layer.sparse_macs == pytest.approx(dense * kept)
 
 
 @pytest.mark.parametrize("method", METHODS)
