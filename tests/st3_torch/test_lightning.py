@@ -165,11 +165,23 @@ def test_loggers_show_sparsity_and_thresholds(tmp_path):
     assert float(sparse[-1]["threshold"]) == sp.thresholds["net.6.weight"]
 
 
+def test_accumulated_batches_are_not_logged_again(tmp_path):
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    seen, log = [], logger.log_metrics
+    logger.log_metrics = lambda metrics, step: (
+        seen.append(step) if "sparsity" in metrics else None,
+        log(metrics, step),
+    )
+    fitted(tmp_path, ramp(), max_epochs=1, logger=logger, log_every_n_steps=1, accumulate_grad_batches=4)
+    assert seen == [1, 2]
+
+
 def test_fitting_twice_counts_once(tmp_path):
     callback, module = SparsifierCallback(ramp()), Module()
     for _ in range(2):
         trainer(tmp_path, callback, max_steps=3).fit(module, data())
     assert callback.sparsifier.step_count == 6
+    callback.sparsifier.step()  # yours again, once fit has ended
 
 
 def test_only_one_optimizer_may_train_the_kernels(tmp_path):

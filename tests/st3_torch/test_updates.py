@@ -107,9 +107,11 @@ def test_copies_are_told_again(copier):
     its_model, its_optimizer, its_sp = copier((model, optimizer, sp))
     train_step(its_model, its_optimizer)
     assert (sp.step_count, its_sp.step_count) == (0, 0)
+    its_sp.step()  # it follows nobody
+    assert its_sp.step_count == 1
     its_sp.follow(its_optimizer)
     train_step(its_model, its_optimizer)
-    assert (sp.step_count, its_sp.step_count) == (0, 1)
+    assert (sp.step_count, its_sp.step_count) == (0, 2)
 
 
 def test_what_cannot_be_followed():
