@@ -69,8 +69,16 @@ class SparsifierCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Load the state of a checkpoint, if there is one, and follow the optimizer."""
+        """Load the state of a checkpoint, if there is one, and follow the optimizer.
+
+        Raises:
+            ValueError: the Trainer has made a new model, or the state belongs to another method or schedule.
+        """
         sparsifier = self._required()
+        if kwargs["model"] is not sparsifier.model:
+            raise ValueError(
+                "SparsifierCallback: Trainer must train the model that it was made with; use no model_init"
+            )
         saved = _saved(state)
         if _ENTRY in saved:
             sparsifier.load_state_dict(_from_json(saved[_ENTRY]))

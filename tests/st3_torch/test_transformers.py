@@ -170,6 +170,14 @@ def test_two_trainers_share_a_callback(tmp_path):
     assert callback.sparsifier.step_count == 12
 
 
+def test_models_that_the_trainer_makes_anew_are_refused(tmp_path):
+    arguments = TrainingArguments(tmp_path, max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True)
+    callbacks = [SparsifierCallback(ramp())]
+    made = Trainer(args=arguments, train_dataset=sentences(), model_init=lambda: gpt2(), callbacks=callbacks)
+    with pytest.raises(ValueError, match="Trainer must train the model that it was made with; use no model_init"):
+        made.train()
+
+
 def test_options_reach_the_sparsifier(tmp_path):
     callback = SparsifierCallback(ramp(), "gmp", include="*.mlp.*")
     with pytest.raises(RuntimeError, match="there is no Sparsifier; give the callback to the Trainer's callbacks"):
