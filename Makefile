@@ -55,7 +55,7 @@ study: $(READY)  ## accuracy at 99 % zeros: ST-3 against its neighbours, five se
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'st3core needs Python 3.11 or newer, this is ' + sys.version"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[torch,dev]'
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[torch,trainers,dev]'
 	touch $@
 
 $(KERAS): $(READY)

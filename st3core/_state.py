@@ -16,7 +16,7 @@ def schedule_state(schedule: PolynomialSchedule) -> dict[str, float]:
 
 
 def check_settings(own: Mapping[str, Any], state: Any, dictionaries: Sequence[str]) -> None:
-    """Raise a ValueError unless ``state`` has all entries of ``own``, and its method and schedule.
+    """Raise a ValueError that names what differs, unless ``state`` has the entries, method and schedule of ``own``.
 
     Args:
         own: state of the Sparsifier itself.
@@ -29,11 +29,14 @@ def check_settings(own: Mapping[str, Any], state: Any, dictionaries: Sequence[st
     for part in dictionaries:
         if not isinstance(state[part], Mapping):
             raise ValueError(f"{MEMBER}: state must have a dictionary in {part!r}, got {state[part]!r}")
-    for part in ("method", "schedule"):
-        for field, value in own[part].items():
-            if (part, field) != ("method", "name") and state[part].get(field) != value:
-                other = state[part].get(field)
-                raise ValueError(f"{MEMBER}: state has {part}.{field}={other!r}, but this Sparsifier has {value!r}")
+    differing = [
+        f"{part}.{field}={state[part].get(field)!r}, but this Sparsifier has {value!r}"
+        for part in ("method", "schedule")
+        for field, value in own[part].items()
+        if (part, field) != ("method", "name") and state[part].get(field) != value
+    ]
+    if differing:
+        raise ValueError(f"{MEMBER}: state has {'; '.join(differing)}")
 
 
 def check_kernels(own: Mapping[str, Any], state: Mapping[str, Any], parts: Sequence[str]) -> None:
@@ -42,9 +45,13 @@ def check_kernels(own: Mapping[str, Any], state: Mapping[str, Any], parts: Seque
         differing = sorted(set(own[part]) ^ set(state[part]))
         if differing:
             raise ValueError(f"{MEMBER}: state belongs to another model; kernels in only one of them: {differing}")
-    for name, shape in own["shapes"].items():
-        if list(state["shapes"][name]) != shape:
-            raise ValueError(f"{MEMBER}: state has {name} of shape {state['shapes'][name]}, but the model has {shape}")
+    differing = [
+        f"{name} of shape {state['shapes'][name]}, but the model has {shape}"
+        for name, shape in own["shapes"].items()
+        if list(state["shapes"][name]) != shape
+    ]
+    if differing:
+        raise ValueError(f"{MEMBER}: state has {'; '.join(differing)}")
 
 
 def check_steps(state: Mapping[str, Any], entry: str) -> None:

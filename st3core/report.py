@@ -19,12 +19,14 @@ class LayerReport:
         shape: of the tensor.
         zeros: weights that are exactly zero.
         dense_macs: multiply-adds of the layer for one call of the dense model; None if not counted.
+        itemsize: bytes of one weight.
     """
 
     name: str
     shape: tuple[int, ...]
     zeros: int
     dense_macs: int | None = None
+    itemsize: int = 4
 
     @property
     def weights(self) -> int:
@@ -40,6 +42,17 @@ class LayerReport:
     def sparse_macs(self) -> float | None:
         """Multiply-adds with a weight that is not zero; every weight takes part equally often."""
         return None if self.dense_macs is None else self.dense_macs * (1 - self.sparsity)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.weights * self.itemsize
+
+    @property
+    def sparse_bytes(self) -> int:
+        """Bytes of a bitmap with one bit a weight and of the weights that are not zero; dense where that is less."""
+        bitmap = (self.weights + 7) // 8
+        return min(bitmap + (self.weights - self.zeros) * self.itemsize, self.dense_bytes)
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,16 @@ class Report:
         counts = [layer.sparse_macs for layer in self.layers]
         return None if None in counts else sum(count for count in counts if count is not None)
 
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the sparsified tensors with all their weights."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def sparse_bytes(self) -> int:
+        """Bytes of the sparsified tensors, each stored as ``LayerReport.sparse_bytes`` says."""
+        return sum(layer.sparse_bytes for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings and lists, ready for JSON."""
         return {
@@ -96,7 +119,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        """Table with a row a tensor and a total, and a line for each that was skipped."""
+        """Table with a row a tensor and a total, a line of bytes, and one for each tensor that was skipped."""
         console_module, table_module = _rich()
         table = table_module.Table(title=f"{self.method}: target sparsity {self.target_sparsity:.4g}")
         table.add_column("tensor", overflow="fold")
@@ -112,8 +135,9 @@ class Report:
         console = console_module.Console(width=120)
         with console.capture() as capture:
             console.print(table)
-        lines = [str(capture.get()).rstrip(), *(f"skipped {name}: {why}" for name, why in self.skipped.items())]
-        return "\n".join(lines)
+        stored = f"bytes: {self.dense_bytes:,} dense, {self.sparse_bytes:,} stored sparse"
+        skipped = [f"skipped {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join([str(capture.get()).rstrip(), stored, *skipped])
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Save a bar chart of every tensor's sparsity.
@@ -150,7 +174,7 @@ class Report:
 
 
 def _figures(part: LayerReport | Report) -> dict[str, Any]:
-    fields = ("weights", "zeros", "sparsity", "dense_macs", "sparse_macs")
+    fields = ("weights", "zeros", "sparsity", "dense_macs", "sparse_macs", "dense_bytes", "sparse_bytes")
     return {field: getattr(part, field) for field in fields}
 
 

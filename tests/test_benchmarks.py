@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy_page, alternatives, bounds, distributed, network, page, shapes, sizes, step, timing
+from benchmarks import (
+    accuracy_page,
+    alternatives,
+    bounds,
+    distributed,
+    network,
+    page,
+    shapes,
+    sizes,
+    sparse_kernels,
+    step,
+    timing,
+)
 from st3core import find_thresholds, sparsify
 
 FIGURES = json.loads(page.RESULTS.read_text(encoding="utf-8"))
@@ -134,3 +146,25 @@ def test_ratios_are_formed_within_a_round():
 
 def test_traced_peak_sees_what_a_call_allocates():
     assert sizes.traced_peak(lambda: np.ones(10**6)) > 8 * 10**6
+
+
+def test_export_page_has_the_table_that_the_figures_make():
+    text = sparse_kernels.PAGE.read_text(encoding="utf-8")
+    figures = json.loads(sparse_kernels.RESULTS.read_text(encoding="utf-8"))
+    assert sparse_kernels.with_table(text, figures) == text
+    with pytest.raises(ValueError, match="must have one marked table, got 0"):
+        sparse_kernels.with_table("# Export\n", figures)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("batch", [1, 5])
+def test_sparse_products_compute_the_same(batch):
+    calls = sparse_kernels.products(0.9, batch, width=64)
+    found, expected = calls["sparse"](), calls["dense"]()
+    torch.testing.assert_close(found.reshape(64, -1).T, expected)
+
+
+def test_a_busy_machine_is_noticed():
+    row = {"median": 2.0, "quartile_1": 1.9, "quartile_3": 2.1}
+    with pytest.raises(RuntimeError, match="the machine is too busy"):
+        sparse_kernels._check({"1": {str(s): row for s in sparse_kernels.SPARSITIES}})

@@ -45,7 +45,11 @@ def missing_from(found: set[str], known: set[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if is_executed(path)], ids=name_of)
-@pytest.mark.filterwarnings("default" if os.environ.get("KERAS_BACKEND") else "error")
+@pytest.mark.filterwarnings(
+    "default" if os.environ.get("KERAS_BACKEND") else "error",
+    "ignore:.*LeafSpec:FutureWarning",  # PyTorch of itself, when Lightning uses it
+    "ignore:.*does not have many workers",  # advice of Lightning
+)
 def test_python_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # blocks may write files
     text, namespace = path.read_text(encoding="utf-8"), {"__name__": "document"}

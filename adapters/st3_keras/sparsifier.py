@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 from keras.optimizers import LossScaleOptimizer
 
-from st3_keras.backend import BACKEND, constant
+from st3_keras.backend import BACKEND, constant, dtype_name
 from st3_keras.layers import Kernel, Rule, find_kernels
 from st3_keras.macs import multiply_adds
 from st3_keras.optimizer import SparseOptimizer
@@ -354,7 +354,10 @@ class Sparsifier(keras.callbacks.Callback):
         self._require_attached("report")
         self._synced()
         macs = multiply_adds(self._model, self._kernels, inputs) if inputs else {}
-        parts = [LayerReport(k.name, tuple(k.variable.shape), _zeros(k), macs.get(k.name)) for k in self._kernels]
+        parts = []
+        for k in self._kernels:
+            shape, itemsize = tuple(k.variable.shape), np.dtype(dtype_name(k.variable)).itemsize
+            parts.append(LayerReport(k.name, shape, _zeros(k), macs.get(k.name), itemsize))
         return Report(self.method.name, self.target_sparsity, tuple(parts), self._skipped)
 
     # Save, freeze, finalize.

@@ -1,5 +1,6 @@
 """Which tensors of a model are sparsified, and where their output channels are."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -81,14 +82,20 @@ def kernel_layouts(module: nn.Module) -> dict[str, ChannelLayout]:
       numbered by the group, which cuts axis 0, and by axis 1.
     - Attention and recurrent layers hold several kernels of shape ``(out, in)``, some of them stacked along axis 0.
     - An embedding has shape ``(words, out)``.
+    - ``Conv1D`` of Hugging Face Transformers, the linear layer of GPT-2, has a weight of shape ``(in, out)``.
     """
     if isinstance(module, _CONV_TRANSPOSE):
         return {"weight": ChannelLayout(groups=module.groups, axis=1)}
-    if isinstance(module, _EMBEDDINGS):
+    if isinstance(module, _EMBEDDINGS) or _is_conv1d_of_transformers(module):
         return {"weight": ChannelLayout(axis=1)}
     if isinstance(module, (nn.Linear, *_CONV)):
         return {"weight": ChannelLayout()}
     return {name: ChannelLayout() for name in _stacked_kernels(module)}
+
+
+def _is_conv1d_of_transformers(module: nn.Module) -> bool:
+    library = sys.modules.get("transformers.pytorch_utils")  # where it is not imported, no module is of its types
+    return library is not None and isinstance(module, library.Conv1D)
 
 
 def _stacked_kernels(module: nn.Module) -> list[str]:

@@ -112,6 +112,7 @@ def _make_copyable(module: nn.Module) -> None:
         injected._plain_deepcopy = injected.__deepcopy__
         injected.__reduce_ex__ = _reduce
         injected.__deepcopy__, injected.__copy__ = _deepcopy, _copy
+        injected._load_from_state_dict = _with_dense_keys(injected)
         follow_parametrizations(module)
     for name in _our_tensors(module):
         setattr(injected, name, _with_shortcut(name, vars(injected)[name]))
@@ -122,7 +123,20 @@ def _make_plain(module: nn.Module) -> None:
     injected: Any = type(module)
     if "_plain_deepcopy" in vars(injected) and not _our_tensors(module):
         injected.__deepcopy__ = injected._plain_deepcopy
-        del injected._plain_deepcopy, injected.__reduce_ex__, injected.__copy__
+        del injected._plain_deepcopy, injected.__reduce_ex__, injected.__copy__, injected._load_from_state_dict
+
+
+def _with_dense_keys(injected: Any) -> Callable[..., None]:
+    """Loading that takes a tensor under the name that it has in the dense model, too."""
+
+    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name in _our_tensors(self):
+            dense, raw = f"{prefix}{name}", f"{prefix}parametrizations.{name}.original"
+            if dense in state_dict and raw not in state_dict:
+                state_dict[raw] = state_dict.pop(dense)  # of a copy, which PyTorch makes to be changed
+        super(injected, self)._load_from_state_dict(state_dict, prefix, *arguments)
+
+    return load
 
 
 def _is_ours(module: nn.Module) -> bool:

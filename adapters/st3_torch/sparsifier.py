@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
 
 from st3_torch import ddp, fsdp, sharded
 from st3_torch.counting import TensorCounter
@@ -32,6 +33,7 @@ from st3_torch.parametrization import (
 from st3_torch.placements import is_dtensor, local, spread_like
 from st3_torch.plan import Plan, can_plan
 from st3_torch.state import check_state
+from st3_torch.updates import is_completed, trains_any, unwrapped
 from st3core import PolynomialSchedule
 from st3core._state import schedule_state
 from st3core.memory import MEMORY_FORMATS
@@ -156,6 +158,7 @@ class Sparsifier:
             model.register_forward_pre_hook(self._before_forward, prepend=True),
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
+        self._followed: RemovableHandle | None = None
         self._set_thresholds(first, self._fitting_plan(self._raw()))
 
     def step(self) -> None:
@@ -166,6 +169,49 @@ class Sparsifier:
             RuntimeError: the model has been finalized.
         """
         self._require_open("step")
+        if self._followed is not None:
+            raise RuntimeError(
+                "Sparsifier.step: the updates of an optimizer are counted by follow; leave this call out"
+            )
+        self._advance()
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> Self:
+        """Call :meth:`step` by itself after every update that this optimizer completes, whoever asks for it.
+
+        An update that :class:`torch.amp.GradScaler` skips does not count, and neither do batches whose gradients are
+        only accumulated. Only one optimizer is followed, the last one given. Copies and checkpoints of an optimizer do
+        not know of the Sparsifier: let it follow again.
+
+        Args:
+            optimizer: that trains the sparsified kernels; one that is wrapped by Accelerate or Lightning, too.
+
+        Returns:
+            The Sparsifier itself.
+
+        Raises:
+            TypeError: ``optimizer`` is not an optimizer.
+            ValueError: it trains none of the sparsified kernels.
+            RuntimeError: the model has been finalized.
+        """
+        self._require_open("follow")
+        inner = unwrapped(optimizer)
+        if not trains_any(inner, self._raw()):
+            raise ValueError("Sparsifier.follow: optimizer must train a sparsified kernel, got one that trains none")
+        self.unfollow()
+        self._followed = inner.register_step_post_hook(self._after_update)
+        return self
+
+    def unfollow(self) -> None:
+        """Follow no optimizer any more: :meth:`step` is yours to call."""
+        if self._followed is not None:
+            self._followed.remove()
+        self._followed = None
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        if is_completed(optimizer):
+            self._advance()
+
+    def _advance(self) -> None:
         step = self._step + 1
         if not self._frozen and self.schedule.is_update_step(step):
             raw, target = self._raw(), self.schedule(step)
@@ -173,6 +219,11 @@ class Sparsifier:
             self._set_thresholds(self._find_thresholds(raw, target, plan), plan)
             self._applied_sparsity = target
         self._step = step
+
+    @property
+    def raw_parameters(self) -> list[torch.Tensor]:
+        """Raw weight of every sparsified kernel, as the Parameter that the optimizer trains."""
+        return list(self._raw())
 
     @property
     def step_count(self) -> int:
@@ -195,7 +246,7 @@ class Sparsifier:
         return sum(self._zeros()) / sum(shape.numel() for shape in self._shapes)
 
     def report(self, *inputs: Any) -> Report:
-        """Zeros per layer; multiply-adds too if an example of the model's inputs is given.
+        """Zeros and bytes per layer; multiply-adds too if an example of the model's inputs is given.
 
         Args:
             inputs: what the model is called with, once, without gradients and in evaluation mode.
@@ -208,7 +259,8 @@ class Sparsifier:
         for kernel, shape, zeros in zip(self._kernels, self._shapes, self._zeros(), strict=True):
             counts = [macs.get((id(site.module), site.tensor_name)) for site in kernel.sites]
             dense = None if None in counts else sum(count for count in counts if count is not None)
-            layers.append(LayerReport(kernel.name, tuple(shape), zeros, dense))
+            itemsize = kernel.raw.dtype.itemsize
+            layers.append(LayerReport(kernel.name, tuple(shape), zeros, dense, itemsize))
         return Report(self.method.name, self.target_sparsity, tuple(layers), self._skipped)
 
     def freeze(self) -> None:
@@ -253,6 +305,7 @@ class Sparsifier:
         fsdp.follow(self.model, moves)
         for hook in self._hooks:
             hook.remove()
+        self.unfollow()
         self._plan, self._finalized = None, True
         return self.model
 
@@ -264,6 +317,7 @@ class Sparsifier:
             "method": asdict(self.method),
             "schedule": schedule_state(self.schedule),
             "applied_sparsity": self._applied_sparsity,
+            "frozen": self._frozen,
             "shapes": {kernel.name: list(shape) for kernel, shape in zip(self._kernels, self._shapes, strict=True)},
             "thresholds": self.thresholds,
             "masks": {name: mask.clone() for name, mask in masks.items() if mask is not None},
@@ -282,7 +336,7 @@ class Sparsifier:
         self._step, self._applied_sparsity = state["step"], state["applied_sparsity"]
         thresholds = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
         self._set_thresholds(thresholds, self._fitting_plan(self._raw()))
-        self._frozen = bool(state["masks"])
+        self._frozen = state["frozen"]
         if self._frozen:
             self._plan = None
         for kernel in self._kernels:
@@ -300,8 +354,8 @@ class Sparsifier:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Addresses and dictionaries of modules; a copy has others.
-        return {**self.__dict__, "_plan": None, "_slots": None, "_raw_places": None}
+        # Addresses, dictionaries of modules, and a hook of an optimizer; a copy has others.
+        return {**self.__dict__, "_plan": None, "_slots": None, "_raw_places": None, "_followed": None}
 
     def _zeros(self) -> list[int]:
         """Zeros of every kernel's forward weight; every process that holds shards has to ask."""

@@ -21,8 +21,15 @@ def check_state(own: Mapping[str, Any], state: Any) -> None:
 
 
 def _check_tensors(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    if state["masks"] and set(state["masks"]) != set(own["shapes"]):
-        raise ValueError(f"{MEMBER}: state must have a mask for every kernel or none, got {sorted(state['masks'])}")
+    frozen = state["frozen"]
+    if not isinstance(frozen, bool):
+        raise ValueError(f"{MEMBER}: state must have True or False in 'frozen', got {frozen!r}")
+    if set(state["masks"]) != (set(own["shapes"]) if frozen else set()):
+        raise ValueError(
+            f"{MEMBER}: state must have a mask for every kernel if it is frozen, and none if it is not, got "
+            f"frozen={frozen} and masks of {sorted(state['masks'])}; torch.distributed.checkpoint loads only what the "
+            "Sparsifier has itself, so freeze it before"
+        )
     for name, shape in own["shapes"].items():
         threshold, mask = state["thresholds"][name], state["masks"].get(name)
         if not _is_number(threshold) or threshold < 0:

@@ -373,6 +373,7 @@ def test_report():
     assert [layer.zeros for layer in report.layers] == [
         int((w == 0).sum()) for n, w in forward_of(model).items() if "tr" not in n
     ]
+    assert report.dense_bytes == 4 * (36 + 450)
     assert list(report.skipped.values()) == ["excluded"]
     assert "transposed/kernel: excluded" in str(report)
     assert report.to_dict()["skipped"] == report.skipped

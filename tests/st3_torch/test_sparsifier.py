@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 import st3core
 from st3_torch import Sparsifier
@@ -364,9 +365,15 @@ def other_states():
     for bad in ("x", -0.2, float("nan")):
         yield "must have a threshold of 0 or more for 6.weight", {**base, "thresholds": {**thresholds, "6.weight": bad}}
     mask = torch.ones(3, 150, dtype=torch.bool)
-    yield "must have a mask for every kernel or none, got \\['6.weight'\\]", {**base, "masks": {"6.weight": mask}}
+    for frozen in (False, True):
+        message = (
+            f"must have a mask for every kernel if it is frozen, .*, got frozen={frozen} and masks of \\['6.weight'\\]"
+        )
+        yield message, {**base, "frozen": frozen, "masks": {"6.weight": mask}}
+    yield "must have True or False in 'frozen', got 1", {**base, "frozen": 1}
     masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
-    yield "must have a bool mask of shape \\[3, 150\\] for 6.weight", {**base, "masks": {**masks, "6.weight": mask[:1]}}
+    cut = {**base, "frozen": True, "masks": {**masks, "6.weight": mask[:1]}}
+    yield "must have a bool mask of shape \\[3, 150\\] for 6.weight", cut
 
 
 @pytest.mark.parametrize(("message", "state"), list(other_states()))
@@ -498,6 +505,21 @@ def test_report():
     model[1].eval()
     sp.report(images)
     assert [m.training for m in (model, model[0], model[1])] == [True, True, False]
+
+
+def test_multiply_adds_are_those_of_the_flop_counter():
+    model, (images, _) = small_net(), batch()
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    sp = Sparsifier(model, ramp(0.9, end=0))
+    report = sp.report(images)
+    assert report.dense_macs == counter.get_total_flops() // 2
+    counted = {part: sum(flops.values()) // 2 for part, flops in counter.get_flop_counts().items()}
+    for layer in report.layers:
+        dense = counted[f"Sequential.{layer.name.removesuffix('.weight')}"]
+        kept = np.count_nonzero(model[int(layer.name[0])].weight.detach().numpy()) / layer.weights
+        assert layer.dense_macs == dense
+        assert layer.sparse_macs == pytest.approx(dense * kept)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -44,6 +44,17 @@ def test_multiply_adds_fall_with_the_zeros(layer):
     assert layer.sparse_macs * max(layer.weights, 1) == pytest.approx(layer.dense_macs * (kept or not layer.weights))
 
 
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_bytes_are_those_of_a_bitmap_and_of_what_is_not_zero(itemsize):
+    layer = LayerReport("layer", (10, 10), 90, itemsize=itemsize)
+    assert (layer.dense_bytes, layer.sparse_bytes) == (100 * itemsize, 13 + 10 * itemsize)
+    full = dataclasses.replace(layer, zeros=0)
+    assert full.sparse_bytes == full.dense_bytes
+    report = Report("st3", 0.9, (layer, full))
+    assert (report.dense_bytes, report.sparse_bytes) == (200 * itemsize, 13 + 110 * itemsize)
+    assert f"bytes: {200 * itemsize:,} dense, {13 + 110 * itemsize:,} stored sparse" in str(report)
+
+
 def test_one_layer_that_is_not_counted_leaves_the_sum_open():
     report = Report("st3", 0.5, (DENSE, dataclasses.replace(CONV, dense_macs=None)))
     assert (report.dense_macs, report.sparse_macs) == (None, None)
@@ -53,8 +64,10 @@ def test_one_layer_that_is_not_counted_leaves_the_sum_open():
 def test_to_dict_is_ready_for_json():
     found = json.loads(json.dumps(REPORT.to_dict()))
     figures = {"weights": 42, "zeros": 30, "sparsity": 30 / 42, "dense_macs": 7800, "sparse_macs": 300.0 + 1800.0}
+    figures |= {"dense_bytes": 24 + 144, "sparse_bytes": 13 + 41}
     conv = {"name": "conv", "shape": [4, 1, 3, 3]}
     conv |= {"weights": 36, "zeros": 27, "sparsity": 0.75, "dense_macs": 7200, "sparse_macs": 1800.0}
+    conv |= {"dense_bytes": 36 * 4, "sparse_bytes": 5 + 9 * 4}
     assert found["layers"][1] == conv
     assert {key: value for key, value in found.items() if key != "layers"} == {
         "method": "st3", "target_sparsity": 0.75, **figures, "skipped": {}
