@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from st3_torch.counting import TensorCounter
+from st3_torch import device, search
 from st3_torch.layers import ChannelLayout
 from st3_torch.memory import NUMPY_DTYPES, as_array
 from st3_torch.operator import forward_weight, traced_forward_weight
@@ -14,7 +14,7 @@ from st3core._validation import as_sparsity
 from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method, get_method
 from st3core.operators import round_thresholds
-from st3core.search import count_thresholds, find_named_thresholds, tensor_units
+from st3core.search import find_named_thresholds, tensor_units
 
 
 class Backend:
@@ -72,11 +72,11 @@ class DeviceBackend(Backend):
     def find_thresholds(
         self, weights: Sequence[torch.Tensor], sparsity: float, method: str | Method
     ) -> NDArray[np.float64]:
-        """Search that counts with PyTorch operations."""
+        """Search that never waits for the device."""
         dtypes = [NUMPY_DTYPES[w.dtype] for w in weights]
         units = tensor_units([w.shape for w in weights], dtypes, get_method(method))
-        counter = TensorCounter(weights, units, _names(weights))
-        return count_thresholds(counter, as_sparsity(sparsity, "find_thresholds"), units, dtypes)
+        found = device.find_thresholds(weights, units, as_sparsity(sparsity, "find_thresholds"))
+        return search.read(found, dict(zip(_names(weights), weights, strict=True)))
 
     def _forward(
         self, weight: torch.Tensor, limit: torch.Tensor, method: Method, layout: ChannelLayout

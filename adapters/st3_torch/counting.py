@@ -61,7 +61,7 @@ class TensorCounter:
         for weight, unit, name in self._weights:
             keys = self._keys(weight, unit)
             if bool((keys >= self.infinity).any()):
-                raise ValueError(_non_finite(weight, name))
+                raise ValueError(non_finite(weight, name))
             yield int((keys < low).sum()), keys[(keys >= low) & (keys < high)]
 
     def successor(self, key: int) -> int:
@@ -84,7 +84,8 @@ class TensorCounter:
         return magnitudes.to(self._float).view(self._int)
 
 
-def _non_finite(weight: torch.Tensor, name: str) -> str:
+def non_finite(weight: torch.Tensor, name: str) -> str:
+    """What to say of a tensor whose keys are not all finite."""
     bad = weight.detach()[~weight.detach().isfinite()]
     if bad.numel() == 0:
         return f"find_thresholds: {name} divided by its sigma exceeds the largest number of its dtype; scale it down"

@@ -45,14 +45,30 @@ def find_thresholds(weights: Sequence[torch.Tensor], units: Sequence[float], spa
         weights: floating tensors on one device, at least one of them not empty.
         units: sigma of each, from :func:`st3core.search.tensor_units`.
         sparsity: share of zeros in [0, 1).
+
+    Raises:
+        ValueError: there is no weight at all.
     """
-    device = weights[0].device
-    rank, fraction = position(sum(weight.numel() for weight in weights), sparsity)
+    size = sum(weight.numel() for weight in weights)
+    if size == 0:
+        raise ValueError("find_thresholds: weights must hold at least one weight, got only empty tensors")
+    device, (rank, fraction) = weights[0].device, position(size, sparsity)
     # Filled on the device: a number that were copied there would have to be waited for.
     where = torch.full((), rank, dtype=torch.int64, device=device)
     share = torch.full((), fraction, dtype=torch.float64, device=device)
     found = search(weights, units, where, share)
     return found if sparsity else Searched(torch.zeros_like(found.thresholds), found.finite)
+
+
+def write(found: Searched, buffers: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    """Round the thresholds to their weights' dtypes, and write them into ``buffers``; old ones stay if not finite."""
+    with torch.no_grad():
+        for dtype in dict.fromkeys(dtypes):
+            members = [index for index, other in enumerate(dtypes) if other == dtype]
+            own = [buffers[index] for index in members]
+            limits = round_thresholds(found.thresholds[members[0] : members[-1] + 1], dtype).to(own[0].dtype).unbind()
+            new = torch.stack([limits[index - members[0]] for index in members])
+            torch._foreach_copy_(own, list(torch.where(found.finite, new, torch.stack(own)).unbind()))
 
 
 def search(

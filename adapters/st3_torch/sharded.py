@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from st3_torch.counting import TensorCounter
-from st3_torch.memory import NUMPY_DTYPES, as_array, on_cpu
+from st3_torch.memory import as_array, on_cpu
 from st3_torch.placements import is_dtensor, local, sharding
 from st3core.counting import ArrayCounter, SummedCounter
-from st3core.method import Method
-from st3core.search import TRAVELLING, Counter, Forecast, count_thresholds, tensor_units
+from st3core.search import Counter
 
 
 class Grid:
@@ -60,36 +58,19 @@ class Grid:
         return all(dist.get_rank(group) == 0 for group in across)
 
 
-def find_thresholds(
-    weights: Sequence[torch.Tensor],
-    sparsity: float,
-    method: Method,
-    names: Sequence[str],
-    forecast: Forecast | None = None,
-) -> NDArray[np.float64]:
-    """:func:`st3core.find_thresholds` of weights that are sharded over processes; all of them call it.
+def counter(weights: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> Counter:
+    """Counter of weights that are sharded over processes; all of them make it, and ask it the same.
 
     Args:
         weights: sharded, replicated or of this process alone; the same, in the same order, on every process.
-        sparsity: share of zeros in [0, 1).
-        method: its score matters here.
-        names: what to call each in an error message.
-        forecast: from the searches before this one.
-
-    Returns:
-        float64, shape ``(len(weights),)``, the same bits on every process.
-
-    Raises:
-        ValueError: a weight of any process is NaN or infinite; each of them raises it.
+        units: sigma of each whole weight.
+        names: what to call each in an error message, which every process gets.
     """
-    grid, dtypes = Grid(weights), [NUMPY_DTYPES[weight.dtype] for weight in weights]
-    units = tensor_units([weight.shape for weight in weights], dtypes, method)
+    grid, here = Grid(weights), f"(the part of rank {dist.get_rank()})"
     parts = [local(weight) for weight in weights]
     counted = [part if grid.owns(w) else part.new_empty(0) for part, w in zip(parts, weights, strict=True)]
-    here = f"(the part of rank {dist.get_rank()})"
-    counter = _counter(counted, units, [f"{name} {here}" for name in names])
-    summed = SummedCounter(counter, grid, sum(weight.numel() for weight in weights))
-    return count_thresholds(summed, sparsity, units, dtypes, forecast, limits=TRAVELLING)
+    own = _counter(counted, units, [f"{name} {here}" for name in names])
+    return SummedCounter(own, grid, sum(weight.numel() for weight in weights))
 
 
 def total_counts(counts: Sequence[int], weights: Sequence[torch.Tensor]) -> list[int]:

@@ -12,12 +12,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from st3_torch import ddp, fsdp, sharded
-from st3_torch.counting import TensorCounter
+from st3_torch import ddp, fsdp, search, sharded
+from st3_torch.density import least_densities
 from st3_torch.layers import Rule, Site, find_kernels, kernel_layouts, raw_parameter
 from st3_torch.macs import multiply_adds
-from st3_torch.memory import NUMPY_DTYPES, as_array
-from st3_torch.memory import on_cpu as _on_cpu
 from st3_torch.parametrization import (
     RawPlace,
     Slot,
@@ -32,15 +30,14 @@ from st3_torch.parametrization import (
 )
 from st3_torch.placements import is_dtensor, local, spread_like
 from st3_torch.plan import Plan, can_plan
+from st3_torch.search import Thresholds
 from st3_torch.state import check_state
 from st3_torch.updates import is_completed, trains_any, unwrapped
 from st3core import PolynomialSchedule
 from st3core._state import schedule_state
-from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method, get_method
-from st3core.operators import round_thresholds
 from st3core.report import LayerReport, Report
-from st3core.search import Forecast, count_thresholds, find_named_thresholds, tensor_units
+from st3core.search import Forecast
 
 
 @dataclass
@@ -90,11 +87,15 @@ class Sparsifier:
         include: sparsify only these kernels: names of layers or parameters, glob patterns, module
             types, or ``predicate(name, module) -> bool``; one of them or a list. Default: all.
         exclude: leave these dense; same kinds.
+        min_density: share in [0, 1] of its weights that each kernel keeps at least, up to ties; or shares by name or
+            glob pattern. The others give up more, so that the sparsity of all together stays what the schedule says.
+            It takes several searches a step.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: ``method`` is unknown, a name or pattern matches no kernel, nothing is left to sparsify, a
-            weight is NaN or infinite, or the model is sparsified already.
+            weight is NaN or infinite, ``min_density`` leaves too few weights to remove, or the model is sparsified
+            already.
 
     References:
         ST-3, arXiv 2212.01076.
@@ -122,6 +123,7 @@ class Sparsifier:
         *,
         include: Rule | Sequence[Rule] | None = None,
         exclude: Rule | Sequence[Rule] | None = None,
+        min_density: float | Mapping[str, float] = 0.0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Sparsifier: model must be a torch.nn.Module, got {model!r}")
@@ -138,7 +140,9 @@ class Sparsifier:
         kernels, self._skipped = find_kernels(model, include, exclude)
         weights = {name: _weight(sites[0]) for name, sites in kernels.items()}
         fsdp.managed_parameters(model, [site for sites in kernels.values() for site in sites])
-        first = _find_thresholds(weights, schedule(0), self.method)
+        sizes = {name: weight.numel() for name, weight in weights.items()}
+        self._min_density = least_densities(min_density, sizes, schedule.target_sparsity)
+        first = search.find(weights, schedule(0), self.method, min_density=self._min_density)
         self._step = 0
         self._frozen = self._finalized = False
         self._applied_sparsity = self.schedule(0)
@@ -238,7 +242,7 @@ class Sparsifier:
     @property
     def thresholds(self) -> dict[str, float]:
         """Threshold of every kernel, by the name that it had in the dense model."""
-        return dict(zip((kernel.name for kernel in self._kernels), self._thresholds.tolist(), strict=True))
+        return dict(zip((kernel.name for kernel in self._kernels), self._read_thresholds().tolist(), strict=True))
 
     @property
     def sparsity(self) -> float:
@@ -272,6 +276,7 @@ class Sparsifier:
         self._require_open("freeze")
         if self._frozen:
             return
+        self._read_thresholds()  # which a device may not have found
         self._warn_if_early("freeze")
         records = fsdp.managed_parameters(self.model, self._sites)
         for kernel in self._kernels:
@@ -292,6 +297,7 @@ class Sparsifier:
         """
         self._require_open("finalize")
         if not self._frozen:
+            self._read_thresholds()  # which a device may not have found
             self._warn_if_early("finalize")
         records = fsdp.managed_parameters(self.model, self._sites)
         moves = fsdp.moves_back(self._sites)
@@ -316,6 +322,7 @@ class Sparsifier:
             "step": self._step,
             "method": asdict(self.method),
             "schedule": schedule_state(self.schedule),
+            "min_density": dict(zip(self._named(self._raw()), self._min_density, strict=False)),
             "applied_sparsity": self._applied_sparsity,
             "frozen": self._frozen,
             "shapes": {kernel.name: list(shape) for kernel, shape in zip(self._kernels, self._shapes, strict=True)},
@@ -334,8 +341,8 @@ class Sparsifier:
         self._require_open("load_state_dict")
         check_state(self.state_dict(), state)
         self._step, self._applied_sparsity = state["step"], state["applied_sparsity"]
-        thresholds = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
-        self._set_thresholds(thresholds, self._fitting_plan(self._raw()))
+        found = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
+        self._set_thresholds(found, self._fitting_plan(self._raw()))
         self._frozen = state["frozen"]
         if self._frozen:
             self._plan = None
@@ -360,6 +367,7 @@ class Sparsifier:
     def _zeros(self) -> list[int]:
         """Zeros of every kernel's forward weight; every process that holds shards has to ask."""
         self._reshard()
+        self._read_thresholds()  # which a device may not have found
         records = fsdp.managed_parameters(self.model, self._sites)
         zeros = [kernel.zeros(records.get(id(kernel.raw))) for kernel in self._kernels]
         raw = [kernel.raw for kernel in self._kernels]
@@ -377,22 +385,26 @@ class Sparsifier:
         except KeyError:
             return [kernel.raw for kernel in self._kernels]
 
-    def _find_thresholds(self, raw: Sequence[torch.Tensor], sparsity: float, plan: Plan | None) -> NDArray[np.float64]:
-        if plan is not None:
+    def _find_thresholds(self, raw: Sequence[torch.Tensor], sparsity: float, plan: Plan | None) -> Thresholds:
+        if plan is not None and not self._min_density:
             return plan.find_thresholds(sparsity)
-        named = {kernel.name: weight for kernel, weight in zip(self._kernels, raw, strict=True)}
+        named = self._named(raw)
         _check_shapes(named, self._shapes)
-        return _find_thresholds(named, sparsity, self.method, self._forecast)
+        return search.find(named, sparsity, self.method, forecast=self._forecast, min_density=self._min_density)
 
-    def _set_thresholds(self, thresholds: NDArray[np.float64], plan: Plan | None) -> None:
-        self._thresholds = thresholds
+    def _set_thresholds(self, found: Thresholds, plan: Plan | None) -> None:
+        self._thresholds = found
         if plan is not None:
-            plan.set_thresholds(thresholds)
+            plan.set_thresholds(search.read(found, {}))
             return
-        for kernel, threshold in zip(self._kernels, thresholds, strict=True):
-            memory = MEMORY_FORMATS[NUMPY_DTYPES[kernel.raw.dtype].name]
-            limit = round_thresholds(threshold[None], memory)[0]
-            kernel.parametrization.threshold.fill_(float(limit))
+        buffers = [kernel.parametrization.threshold for kernel in self._kernels]
+        search.write(found, buffers, [kernel.raw.dtype for kernel in self._kernels])
+
+    def _read_thresholds(self) -> NDArray[np.float64]:
+        return search.read(self._thresholds, self._named(self._raw()))
+
+    def _named(self, raw: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {kernel.name: weight for kernel, weight in zip(self._kernels, raw, strict=True)}
 
     def _fitting_plan(self, raw: Sequence[torch.Tensor]) -> Plan | None:
         if self._plan is not None and self._plan.fits(raw):
@@ -463,16 +475,3 @@ def _check_shapes(weights: Mapping[str, torch.Tensor], shapes: Sequence[torch.Si
                 f"Sparsifier: {name} must keep its shape {tuple(shape)}, got {tuple(weight.shape)}; if the model was "
                 "flattened to shard it, use torch.distributed.fsdp.fully_shard"
             )
-
-
-def _find_thresholds(
-    weights: Mapping[str, torch.Tensor], sparsity: float, method: Method, forecast: Forecast | None = None
-) -> NDArray[np.float64]:
-    names, tensors = list(weights), [weight.detach() for weight in weights.values()]
-    if any(is_dtensor(tensor) for tensor in tensors):
-        return sharded.find_thresholds(tensors, sparsity, method, names, forecast)
-    if all(_on_cpu(tensor) for tensor in tensors):
-        return find_named_thresholds([as_array(t) for t in tensors], sparsity, method, names)
-    dtypes = [NUMPY_DTYPES[tensor.dtype] for tensor in tensors]
-    units = tensor_units([tensor.shape for tensor in tensors], dtypes, method)
-    return count_thresholds(TensorCounter(tensors, units, names), sparsity, units, dtypes)

@@ -3,13 +3,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import st3core
-from st3_torch import device
+from st3_torch import Sparsifier, device
 from st3_torch.memory import NUMPY_DTYPES
 from st3core.reference import position
 from st3core.search import tensor_units
+from tests.st3_torch.networks import batch, ramp, small_net, train_step
 from tests.st3_torch.test_operator import TORCH_DTYPES, as_tensor
+from tests.st3_torch.test_sparsifier import bits, sgd
 from tests.strategies import sparsities, weight_lists
 
 METHODS = st.sampled_from(["st3", "st3_sigma"])
@@ -74,3 +77,90 @@ def test_the_compiler_keeps_every_bit():
     arguments = (weights, [1.0, 0.3], torch.tensor(rank), torch.tensor(fraction, dtype=torch.float64))
     found = torch.compile(device.search, fullgraph=True)(*arguments)
     assert found.thresholds.numpy().tobytes() == device.search(*arguments).thresholds.numpy().tobytes()
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """The path of other devices, forced on the CPU."""
+    for module in ("operator._on_cpu", "search.on_cpu", "plan.on_cpu"):
+        monkeypatch.setattr(f"st3_torch.{module}", lambda tensor: False)
+    monkeypatch.setattr(device, "suits", lambda weights: True)
+
+
+def train(steps, method="st3", **options):
+    model = small_net()
+    optimizer = sgd(model)
+    sp = Sparsifier(model, ramp(), method, **options)
+    return sp, [train_step(model, optimizer, sp, step) for step in range(steps)]
+
+
+@pytest.mark.parametrize("method", ["st3", "st3_sigma", "hard_ste", "gmp"])
+def test_training_there_is_training_on_the_cpu(method, request):
+    expected, losses = train(12, method)
+    request.getfixturevalue("on_device")
+    found, found_losses = train(12, method)
+    assert isinstance(found._thresholds, device.Searched)
+    assert found_losses == pytest.approx(losses, rel=1e-6)
+    assert list(found.thresholds.values()) == pytest.approx(list(expected.thresholds.values()), rel=1e-6)
+    zeros = [bits(sp.finalize()) for sp in (expected, found)]
+    for name, value in zeros[0].items():
+        assert torch.equal(value == 0, zeros[1][name] == 0)
+
+
+class ReadError(AssertionError):
+    """Something on the host wanted to know a value."""
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses every operation that a device would have to be waited for."""
+
+    READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        boolean_index = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.READING or boolean_index:
+            raise ReadError(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["st3", "st3_sigma", "hard_ste", "gmp"])
+def test_a_step_reads_nothing(method, on_device):
+    model = small_net()
+    optimizer = sgd(model)
+    sp = Sparsifier(model, ramp(), method)
+    with NothingIsRead():
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(batch()[0]).square().mean().backward()
+            optimizer.step()
+            sp.step()
+        with pytest.raises(ReadError):
+            sp.thresholds  # noqa: B018
+    assert sp.sparsity == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_weight_that_is_not_finite_is_named_when_somebody_looks(on_device):
+    sp, _ = train(3)
+    before = [kernel.parametrization.threshold.clone() for kernel in sp._kernels]
+    with torch.no_grad():
+        sp.raw_parameters[1][0, 0] = float("nan")
+    sp.step()
+    name = sp._kernels[1].name
+    for look in (lambda: sp.thresholds, lambda: sp.sparsity, sp.report, sp.freeze, sp.finalize, sp.state_dict):
+        with pytest.raises(ValueError, match=f"find_thresholds: {name} must be finite, got nan"):
+            look()
+    assert all(torch.equal(k.parametrization.threshold, old) for k, old in zip(sp._kernels, before, strict=True))
+    with torch.no_grad():
+        sp.raw_parameters[1][0, 0] = 0.5
+    sp.step()
+    assert sp.sparsity > 0
+
+
+@pytest.mark.parametrize("dtypes", [["float32"] * 3, ["float16", "float32", "float16"]])
+def test_limits_are_rounded_as_the_core_rounds_them(dtypes):
+    thresholds = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    buffers = [torch.zeros(()) for _ in dtypes]
+    kinds = [getattr(torch, name) for name in dtypes]
+    device.write(device.Searched(thresholds, torch.tensor(True)), buffers, kinds)
+    assert [float(b) for b in buffers] == [float(np.dtype(d).type(t)) for d, t in zip(dtypes, thresholds, strict=True)]

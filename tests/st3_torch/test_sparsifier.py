@@ -567,20 +567,3 @@ def test_a_thousand_training_steps_do_not_grow_the_process():
     growth = queue.get(timeout=300)
     child.join()
     assert growth < 0.02  # a forward weight that stays behind at each step makes 17 MB, about 5 %
-
-
-def test_compiled_kernels_and_torch_operations_train_alike(monkeypatch):
-    """The path of other devices, forced on the CPU."""
-    trained = []
-    for device_path in (False, True):
-        if device_path:
-            monkeypatch.setattr("st3_torch.operator._on_cpu", lambda tensor: False)
-            monkeypatch.setattr("st3_torch.sparsifier._on_cpu", lambda tensor: False)
-        model = small_net()
-        optimizer = sgd(model)
-        sp = Sparsifier(model, ramp())
-        losses = [train_step(model, optimizer, sp, step) for step in range(12)]
-        trained.append((losses, sp.thresholds, bits(sp.finalize())))
-    assert trained[0][0] == pytest.approx(trained[1][0], rel=1e-6)
-    for name, value in trained[0][2].items():
-        assert torch.equal(value == 0, trained[1][2][name] == 0)

@@ -1,0 +1,94 @@
+"""Where a Sparsifier's thresholds are found: on the CPU, on a device, or over the shards of several processes."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from st3_torch import device, sharded
+from st3_torch.counting import TensorCounter, non_finite
+from st3_torch.device import Searched
+from st3_torch.memory import NUMPY_DTYPES, as_array, on_cpu
+from st3_torch.placements import is_dtensor
+from st3core.bounded import bounded_thresholds
+from st3core.counting import ArrayCounter
+from st3core.memory import MEMORY_FORMATS
+from st3core.method import Method
+from st3core.operators import round_thresholds
+from st3core.search import TRAVELLING, Counter, Forecast, count_thresholds, tensor_units
+
+Thresholds = NDArray[np.float64] | Searched
+"""One number a kernel; on a device until somebody wants to know them."""
+
+
+def find(
+    weights: Mapping[str, torch.Tensor],
+    sparsity: float,
+    method: Method,
+    *,
+    forecast: Forecast | None = None,
+    min_density: Sequence[float] = (),
+) -> Thresholds:
+    """Threshold of every weight; see :func:`st3core.find_thresholds`.
+
+    Args:
+        weights: by name; sharded, replicated or of this process alone.
+        sparsity: share of zeros in [0, 1).
+        method: its score matters here.
+        forecast: from the searches before this one, of sharded weights.
+        min_density: share of its weights that each keeps at least; if there are any.
+
+    Raises:
+        ValueError: a weight is NaN or infinite. On a device, :func:`read` says so.
+    """
+    tensors = [weight.detach() for weight in weights.values()]
+    names, dtypes = list(weights), [NUMPY_DTYPES[tensor.dtype] for tensor in tensors]
+    units = tensor_units([tensor.shape for tensor in tensors], dtypes, method)
+
+    def counter_of(members: Sequence[int]) -> Counter:
+        return _counter(*([part[i] for i in members] for part in (tensors, units, names)))  # type: ignore[arg-type]
+
+    if any(min_density) and sparsity:
+        sizes = [tensor.numel() for tensor in tensors]
+        return bounded_thresholds(counter_of, sizes, sparsity, units, dtypes, min_density)
+    is_sharded = any(map(is_dtensor, tensors))
+    if not is_sharded and device.suits(tensors):
+        return device.find_thresholds(tensors, units, sparsity)
+    hints = {"forecast": forecast, "limits": TRAVELLING} if is_sharded else {}
+    return count_thresholds(counter_of(range(len(tensors))), sparsity, units, dtypes, **hints)  # type: ignore[arg-type]
+
+
+def _counter(weights: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> Counter:
+    if any(map(is_dtensor, weights)):
+        return sharded.counter(weights, units, names)
+    if all(map(on_cpu, weights)):
+        return ArrayCounter([as_array(weight) for weight in weights], units, names)
+    return TensorCounter(weights, units, names)
+
+
+def read(thresholds: Thresholds, weights: Mapping[str, torch.Tensor]) -> NDArray[np.float64]:
+    """Thresholds on the host.
+
+    Raises:
+        ValueError: a weight was NaN or infinite when they were found; the message names one that still is.
+    """
+    if not isinstance(thresholds, Searched):
+        return thresholds
+    if not thresholds.finite:
+        bad = (non_finite(w, name) for name, w in weights.items() if not w.detach().isfinite().all())
+        raise ValueError(
+            next(bad, "find_thresholds: a weight was NaN or infinite after the last step; find out where it diverged")
+        )
+    host: NDArray[np.float64] = thresholds.thresholds.cpu().numpy()
+    return host
+
+
+def write(thresholds: Thresholds, buffers: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    """Round the thresholds to their weights' dtypes, and write them where the operator looks for them."""
+    if isinstance(thresholds, Searched):
+        device.write(thresholds, buffers, dtypes)
+        return
+    for buffer, threshold, dtype in zip(buffers, thresholds, dtypes, strict=True):
+        limit = round_thresholds(threshold[None], MEMORY_FORMATS[NUMPY_DTYPES[dtype].name])[0]
+        buffer.fill_(float(limit))
