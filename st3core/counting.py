@@ -253,8 +253,8 @@ class SummedCounter:
         Raises:
             ValueError: a weight of any peer is NaN or infinite; the message names it.
         """
-        answer, failure = _tried(lambda: self._counter.gather(low, high, capacity), (0, 0, None))
-        below, inside, keys = answer
+        nothing: tuple[int, int, np.ndarray | None] = 0, 0, None
+        (below, inside, keys), failure = _tried(lambda: self._counter.gather(low, high, capacity), nothing)
         sums = self._peers.sum(np.array([bool(failure), below, keys is None, *self._alone(inside)], np.int64))
         self._check(int(sums[0]), failure)
         counts, is_partial = sums[3:], sums[2] > 0

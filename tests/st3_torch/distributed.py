@@ -7,6 +7,7 @@ gradients of 1/1024, so that all their sums of products are exact in float32.
 
 import contextlib
 import io
+import itertools
 import re
 import warnings
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -435,6 +436,65 @@ def bfloat16_compute_zeroes_what_sparsity_counts():
             same(model(batch(0)[0]), before)
         assert {n: int((whole(model.get_parameter(n).detach()) == 0).sum()) for n in KERNELS} == zeros
         assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+
+
+def tied_layers():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    return model
+
+
+@check(2)
+def other_models_train_and_come_out_ordinary():
+    kinds = {
+        "tied": (tied_layers, torch.ones(2, 6)),
+        "recurrent": (lambda: nn.Sequential(nn.LSTM(6, 7)), torch.ones(2, 3, 6)),
+        "attention": (
+            lambda: nn.Sequential(nn.TransformerEncoderLayer(6, 2, 9, batch_first=True)),
+            torch.ones(2, 3, 6),
+        ),
+    }
+    for (make, inputs), order in itertools.product(kinds.values(), ORDERS):
+        model = make()
+        names = [name for name, _ in model.named_parameters()]
+        if order == "sparsify, shard":
+            sparsifier = Sparsifier(model, schedule())
+        for module in [model] if make is tied_layers else [*model, model]:
+            fully_shard(module)
+        if order == "shard, sparsify":
+            sparsifier = Sparsifier(model, schedule())
+        for _ in range(STEPS):
+            total(model(inputs)).backward()
+            sparsifier.step()
+        assert 0.85 < sparsifier.sparsity <= 0.91
+        sparsifier.finalize()
+        total(model(inputs)).backward()
+        assert list(model.state_dict()) == list(make().state_dict())
+        assert [name for name, _ in model.named_parameters()] == names
+
+
+def total(outputs):
+    return (outputs[0] if isinstance(outputs, tuple) else outputs).sum()
+
+
+@check(2)
+def the_report_of_parts_is_that_of_the_whole():
+    mesh = init_device_mesh("cpu", (2,))
+    for model, other in ((shard(make_model()), make_model()), (parallel(mesh), perceptron())):
+        reports = [Sparsifier(m, schedule()).report(batch(0)[0]).to_dict() for m in (model, other)]
+        assert reports[0] == reports[1]
+
+
+@check(2)
+def the_older_fsdp_is_refused():
+    wrapper = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"use torch\.distributed\.fsdp\.fully_shard"):
+        Sparsifier(wrapper, schedule())
+    model = nn.Sequential(nn.Linear(4, 4))
+    sparsifier = Sparsifier(model, schedule())
+    FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(ValueError, match="must keep its shape"):
+        sparsifier.step()
 
 
 @check(2)
