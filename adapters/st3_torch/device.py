@@ -6,7 +6,6 @@ compilers see one graph.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -111,10 +110,12 @@ _Batch = list[tuple[torch.Tensor, float]]
 
 def _batches(weights: Sequence[torch.Tensor], units: Sequence[float]) -> Iterator[_Batch]:
     """Tensors of one dtype and sigma, about ``PIECE`` elements together, and parts of larger ones."""
-    pairs = sorted(zip(weights, units, strict=True), key=lambda pair: (str(pair[0].dtype), pair[1]))
-    for _, group in groupby(pairs, key=lambda pair: (pair[0].dtype, pair[1])):
+    groups: dict[tuple[torch.dtype, float], list[torch.Tensor]] = {}
+    for weight, unit in zip(weights, units, strict=True):
+        groups.setdefault((weight.dtype, unit), []).append(weight)
+    for (_, unit), members in groups.items():
         batch: _Batch = []
-        for weight, unit in group:
+        for weight in members:
             for part in weight.detach().reshape(-1).split(PIECE):
                 if batch and sum(other.numel() for other, _ in batch) + part.numel() > PIECE:
                     yield batch

@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from st3_torch import PolynomialSchedule, Sparsifier
 from st3_torch.layers import ChannelLayout
 from st3_torch.operator import forward_weight
-from st3_torch.sharded import Grid, find_thresholds
+from st3_torch.search import find
+from st3_torch.sharded import Grid
 from st3core import get_method
 from st3core.search import Forecast
 
@@ -585,8 +586,9 @@ def thresholds_of_parts_are_those_of_the_whole():
             forecast = Forecast()
             for sparsity in (0.0, 0.3, 0.31, 0.99):
                 for method in map(get_method, ("st3", "st3_sigma")):
-                    expected = find_thresholds(typed, sparsity, method, names)
-                    assert (find_thresholds(spread, sparsity, method, names, forecast) == expected).all()
+                    expected = find(dict(zip(names, typed, strict=True)), sparsity, method)
+                    named = dict(zip(names, spread, strict=True))
+                    assert (find(named, sparsity, method, forecast=forecast) == expected).all()
 
 
 @check(4)
