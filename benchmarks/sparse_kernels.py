@@ -71,7 +71,8 @@ def table(figures: dict[str, Any]) -> str:
         for s in SPARSITIES
     )
     own = figures["machine"]
-    where = f"{machine.name(own)}; {machine.versions(own)}; medians of {figures['rounds']} rounds, and quartiles"
+    software, rounds = machine.versions(own), figures["rounds"]
+    where = f"{own['processor']}, one thread; {software}; medians of {rounds} rounds, and quartiles"
     return f"\n{Grid('', columns, tuple(rows)).markdown()}\n\n{where}.\n"
 
 
