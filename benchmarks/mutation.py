@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from tests import conftest as conftest  # for its profiles
 ROOT = Path(__file__).parent.parent
 
 MODULES = (
-    "reference", "search", "counting", "kernels", "operators", "schedule", "method", "memory", "threads", "report",
-    "spool", "_validation", "_state",
+    "reference", "search", "counting", "bounded", "kernels", "operators", "schedule", "method", "memory", "threads",
+    "report", "spool", "_validation", "_state",
 )  # fmt: skip
 
 FIRST, LAST = ("test_golden.py", "test_vectors.py"), ("test_operators.py", "test_search.py")
@@ -55,6 +56,9 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
+
+
+_CONSOLE = Console(stderr=True)
 
 
 @contextmanager
@@ -137,18 +141,40 @@ def _name(row: dict[str, Any]) -> str:
 def run(options: argparse.Namespace) -> None:
     """Draw the sample, test every mutant, and save after each."""
     done = known() if options.survivors else {}
-    with working_copy() as copy:
-        paths = {module: copy / f"st3core/{module}.py" for module in MODULES}
+    with ExitStack() as stack:
+        copies = [stack.enter_context(working_copy()) for _ in range(options.jobs)]
+        paths = {module: copies[0] / f"st3core/{module}.py" for module in MODULES}
         drawn, places = mutants.sample(paths, options.sample, options.least)
-        whole = test("", copy, options.patience)
+        whole = test("", copies[0], options.patience)
         if whole["outcome"] != "survived":
             raise RuntimeError(f"run: the tests must pass without a mutant, but {whole['by']} fails")
-        setting = {**_describe(options), "seconds": whole["seconds"], "places": places}
-        figures: dict[str, Any] = {"setting": setting, "mutants": []}
-        for mutant in track(drawn, "Mutants", console=Console(stderr=True)):
-            known_row = done.get(_name(mutant._asdict()))
-            figures["mutants"].append(known_row or verdict(mutant, copy, options.patience))
+        figures: dict[str, Any] = {"setting": {**_describe(options), "seconds": whole["seconds"], "places": places}}
+        figures["mutants"] = []
+        for row in track(_verdicts(drawn, done, copies, options.patience), "Mutants", len(drawn), console=_CONSOLE):
+            figures["mutants"].append(row)
             options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _verdicts(
+    drawn: list[mutants.Mutant], done: dict[str, dict[str, Any]], copies: list[Path], patience: float
+) -> Iterator[dict[str, Any]]:
+    """In order; as many mutants at a time as there are copies."""
+    free = list(copies)
+
+    def one(mutant: mutants.Mutant) -> dict[str, Any]:
+        if known_row := done.get(_name(mutant._asdict())):
+            return known_row
+        copy = free.pop()
+        try:
+            return verdict(mutant, copy, patience)
+        finally:
+            free.append(copy)
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        try:
+            yield from pool.map(one, drawn)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _describe(options: argparse.Namespace) -> dict[str, Any]:
@@ -172,11 +198,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=150, help="mutants, of all modules in proportion to their places")
     parser.add_argument("--least", type=int, default=4, help="mutants of each module at least")
     parser.add_argument("--patience", type=float, default=30, help="seconds that a single test may take")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants that are tested side by side")
     parser.add_argument("--survivors", action="store_true", help="only those that the last run did not kill")
     parser.add_argument("--page-only", action="store_true", help="make the page anew from the results that are there")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file to write the results to")
     options = parser.parse_args()
-    require_one(parser, options, ("sample", "least", "patience"))
+    require_one(parser, options, ("sample", "least", "patience", "jobs"))
     return options
 
 

@@ -62,12 +62,10 @@ does not end, or as good as. {timeouts}
 
 ## How to repeat it
 
-The results above were gathered in several runs over one sample, while tests were being added, and are of the core at
-the commit named below: code that is newer has not been mutated yet. `make mutation` does it in one go. It draws the
-sample from the code as it is, tests it, and writes this page and
-`benchmarks/results/mutation.json`; on one core that takes about {minutes} minutes. It changes a temporary copy of the
-project only. Reasons stand in `benchmarks/mutation_survivors.toml`; `python -m benchmarks.mutation --survivors` tests
-again what survived the last time, and what is new, and `--page-only` writes the page anew.
+`make mutation` draws the sample from the code as it is, tests it, and writes this page and
+`benchmarks/results/mutation.json`; that takes about {minutes} minutes of a core's time. It changes temporary copies of
+the project only. Reasons stand in `benchmarks/mutation_survivors.toml`. `python -m benchmarks.mutation --survivors`
+tests again what survived the last time, and what is new, and `--page-only` writes the page anew.
 
 These results: the core of commit {commit}; {machine}; {versions}; Cosmic Ray {tool}.
 """
