@@ -43,7 +43,7 @@ class Limits(NamedTuple):
     capacity: int = CAPACITY
     """Keys that are gathered."""
     sample: int = _SAMPLE
-    """Keys of one sample."""
+    """Keys of one sample, at least 1."""
     few: int | None = None
     """Keys on either side that a forecast aims at, at most."""
 
