@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks import machine
 from benchmarks.grid import Grid, number
@@ -42,13 +42,14 @@ _TABLE = re.compile(rf"(?<=<!-- from {COMMAND} -->\n\n).*?(?=\n\n<!-- end -->)",
 def measure(rank: int, world: int, layers: int, steps: int, folder: str) -> None:
     """Of one process: a model of ``layers`` million weights, sharded over all, and its searches."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=5))
+    address, patience = f"file://{folder}/store", timedelta(minutes=5)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=patience)
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
     for layer in model:
         fully_shard(layer)
-    sparsifier = Sparsifier(fully_shard(model), PolynomialSchedule(0.9, begin_step=0, end_step=RAMP))
+    fully_shard(model)
+    sparsifier = Sparsifier(model, PolynomialSchedule(0.9, begin_step=0, end_step=RAMP))
     sparsifier.load_state_dict({**sparsifier.state_dict(), "step": RAMP // 2})
     sent = count_bytes()
     move = mover(model, rank)
@@ -132,7 +133,7 @@ def run(worlds: list[int], layers: list[int], steps: int) -> dict[str, Any]:
     for world in worlds:
         for count in layers:
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(measure, (world, count, steps, folder), nprocs=world)
+                spawn(measure, (world, count, steps, folder), nprocs=world)
                 rows.append(json.loads(Path(f"{folder}/figures.json").read_text(encoding="utf-8")))
     return {"setting": {**machine.describe(), "steps": steps}, "rows": rows}
 

@@ -43,7 +43,7 @@ class Limits(NamedTuple):
     capacity: int = CAPACITY
     """Keys that are gathered."""
     sample: int = _SAMPLE
-    """Keys of one sample."""
+    """Keys of one sample, at least 1."""
     few: int | None = None
     """Keys on either side that a forecast aims at, at most."""
 
@@ -51,7 +51,7 @@ class Limits(NamedTuple):
 _ALONE = Limits()
 
 TRAVELLING = Limits(bins=1 << 13, capacity=1 << 13, sample=1 << 12, few=256)
-"""Limits for answers that travel: 64 KiB each, however many weights there are."""
+"""For answers that travel, of 64 KiB at most, however many weights there are."""
 
 
 class Counter(Protocol):

@@ -18,7 +18,7 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of the tensor, without a graph; for an ordinary tensor all of it."""
     spread: Any = tensor
-    return spread.detach().to_local() if is_dtensor(tensor) else tensor.detach()  # type: ignore[no-any-return]
+    return spread.detach().to_local() if is_dtensor(tensor) else tensor.detach()
 
 
 def from_local(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -121,6 +121,7 @@ limits = st.builds(
     search.Limits,
     bins=st.sampled_from([1 << 3, 1 << 10]),
     capacity=st.sampled_from([0, 3, 1000]),
+    sample=st.sampled_from([1, 1 << 12]),  # else Hypothesis draws any integer
     few=st.sampled_from([None, 1]),
 )
 
