@@ -70,6 +70,9 @@ def tensor_threshold(dtype: np.dtype[Any], unit: float, e1: float, e2: float, va
 
     threshold = value * float(compute_dtype(dtype).type(unit))
     rounded = np.asarray(threshold, np.float64).astype(dtype)[()]
+    if np.isinf(score(rounded)) and e1 < np.inf:  # what this dtype holds is all below; other tensors hold more
+        rounded = np.asarray(float(np.finfo(compute_dtype(dtype)).max) * unit).astype(dtype)[()]
+        threshold = float(rounded)
     while score(rounded) > e1 and (score(rounded) >= e2 or e1 == e2):
         rounded = np.nextafter(rounded, dtype.type(0))
         threshold = float(rounded)

@@ -41,7 +41,7 @@ def replacing(path: StrPath) -> Iterator[Path]:
         >>> torch.load(path, weights_only=True)
         {'step': 3}
     """
-    path = Path(path)
+    path = Path(path).resolve()  # what a link leads to is written, and the link stays
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

@@ -1,6 +1,6 @@
 """Sparse training by a Lightning Trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 try:
@@ -31,6 +31,7 @@ class SparsifierCallback(Callback):
         method: as in :class:`st3_torch.Sparsifier`.
         include: as there.
         exclude: as there.
+        min_density: as there.
 
     Attributes:
         sparsifier: of the module that was trained last; None before the first ``fit``. The module is sparsified in
@@ -44,17 +45,17 @@ class SparsifierCallback(Callback):
         *,
         include: Rule | Sequence[Rule] | None = None,
         exclude: Rule | Sequence[Rule] | None = None,
+        min_density: float | Mapping[str, float] = 0.0,
     ) -> None:
-        self.schedule, self.method, self.include, self.exclude = schedule, method, include, exclude
+        self.schedule, self.method = schedule, method
+        self._options: dict[str, Any] = {"include": include, "exclude": exclude, "min_density": min_density}
         self.sparsifier: Sparsifier | None = None
         self._logged_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sparsify the module, before its checkpoint is loaded."""
         if self.sparsifier is None or self.sparsifier.model is not pl_module:
-            self.sparsifier = Sparsifier(
-                pl_module, self.schedule, self.method, include=self.include, exclude=self.exclude
-            )
+            self.sparsifier = Sparsifier(pl_module, self.schedule, self.method, **self._options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer, which exists now.

@@ -316,7 +316,14 @@ class Sparsifier:
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be saved beside the model and the optimizer; plain numbers, strings and tensors."""
+        """What has to be saved beside the model and the optimizer; plain numbers, strings and tensors.
+
+        Raises:
+            ValueError: on a device, a weight was NaN or infinite at the last update.
+        """
+        return self._state(self.thresholds)
+
+    def _state(self, thresholds: Mapping[str, float]) -> dict[str, Any]:
         masks = {kernel.name: kernel.parametrization.mask for kernel in self._kernels}
         return {
             "step": self._step,
@@ -326,7 +333,7 @@ class Sparsifier:
             "applied_sparsity": self._applied_sparsity,
             "frozen": self._frozen,
             "shapes": {kernel.name: list(shape) for kernel, shape in zip(self._kernels, self._shapes, strict=True)},
-            "thresholds": self.thresholds,
+            "thresholds": dict(thresholds),
             "masks": {name: mask.clone() for name, mask in masks.items() if mask is not None},
         }
 
@@ -339,7 +346,7 @@ class Sparsifier:
             RuntimeError: the model has been finalized.
         """
         self._require_open("load_state_dict")
-        check_state(self.state_dict(), state)
+        check_state(self._state(dict.fromkeys(self._named(self._raw()), 0.0)), state)  # its own may not be finite
         self._step, self._applied_sparsity = state["step"], state["applied_sparsity"]
         found = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
         self._set_thresholds(found, self._fitting_plan(self._raw()))

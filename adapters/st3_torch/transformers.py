@@ -44,6 +44,7 @@ class SparsifierCallback(TrainerCallback):
         method: as in :class:`st3_torch.Sparsifier`.
         include: as there.
         exclude: as there.
+        min_density: as there.
 
     Attributes:
         sparsifier: of the Trainer's model; None before there is a Trainer.
@@ -56,15 +57,17 @@ class SparsifierCallback(TrainerCallback):
         *,
         include: Rule | Sequence[Rule] | None = None,
         exclude: Rule | Sequence[Rule] | None = None,
+        min_density: float | Mapping[str, float] = 0.0,
     ) -> None:
-        self.schedule, self.method, self.include, self.exclude = schedule, method, include, exclude
+        self.schedule, self.method = schedule, method
+        self._options: dict[str, Any] = {"include": include, "exclude": exclude, "min_density": min_density}
         self.sparsifier: Sparsifier | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Sparsify the model: before its checkpoint is loaded, which ``train`` does first of all."""
         model = kwargs["model"]
         if self.sparsifier is None or self.sparsifier.model is not model:
-            self.sparsifier = Sparsifier(model, self.schedule, self.method, include=self.include, exclude=self.exclude)
+            self.sparsifier = Sparsifier(model, self.schedule, self.method, **self._options)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,7 +88,18 @@ class SparsifierCallback(TrainerCallback):
         sparsifier.follow(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the state where the Trainer will save it."""
+        """Put the state where the Trainer will save it, if it is going to."""
+        if control.should_save:
+            self._put(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As :meth:`on_step_end`: whether to save is decided anew after an epoch."""
+        if control.should_save:
+            self._put(state)
+
+    def _put(self, state: TrainerState) -> None:
         _saved(state)[_ENTRY] = _to_json(self._required().state_dict())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

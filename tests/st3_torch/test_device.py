@@ -142,6 +142,20 @@ def test_a_step_reads_nothing(method, on_device):
     assert sp.sparsity == pytest.approx(0.9, abs=0.01)
 
 
+def test_going_back_to_before_a_weight_was_not_finite(on_device):
+    sp, _ = train(3)
+    good = sp.state_dict()
+    with torch.no_grad():
+        kept = sp.raw_parameters[1][0, 0].clone()
+        sp.raw_parameters[1][0, 0] = float("nan")
+    sp.step()
+    with torch.no_grad():
+        sp.raw_parameters[1][0, 0] = kept
+    sp.load_state_dict(good)
+    assert sp.thresholds == good["thresholds"]
+    assert sp.step_count == 3
+
+
 def test_a_weight_that_is_not_finite_is_named_when_somebody_looks(on_device):
     sp, _ = train(3)
     before = [kernel.parametrization.threshold.clone() for kernel in sp._kernels]

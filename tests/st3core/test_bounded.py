@@ -90,3 +90,4 @@ def test_more_than_the_densities_leave_is_refused():
 
 def test_the_density_of_a_round_number_is_exact():
     assert most_zeros([100, 1000, 7], [0.9, 0.05, 0.5]) == [10, 950, 3]
+    assert most_zeros([100] * 101, [percent / 100 for percent in range(101)]) == list(range(100, -1, -1))
