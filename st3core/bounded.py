@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from st3core import reference
-from st3core.search import Counter, order_statistics, tensor_thresholds
+from st3core.search import ALONE, Counter, Limits, order_statistics, tensor_thresholds
 
 CounterOf = Callable[[Sequence[int]], Counter]
 """Counter of the tensors with these indices."""
@@ -28,6 +28,7 @@ def bounded_thresholds(
     units: Sequence[float],
     dtypes: Sequence[np.dtype[Any]],
     min_density: Sequence[float],
+    limits: Limits = ALONE,
 ) -> NDArray[np.float64]:
     """Threshold of every tensor for one global sparsity and a least density of each.
 
@@ -41,6 +42,7 @@ def bounded_thresholds(
         units: sigma of each, from :func:`st3core.search.tensor_units`.
         dtypes: of each.
         min_density: share in [0, 1] of its weights that each keeps at least, up to ties at its threshold.
+        limits: of the counters' answers.
 
     Returns:
         float64, one threshold for each tensor.
@@ -56,11 +58,11 @@ def bounded_thresholds(
             f"sparsity {sparsity!r}, got densities that leave {sum(most)}; lower them, or the sparsity"
         )
     limited = [i for i in everything if most[i] < sizes[i]]
-    own = {i: _around(counter_of([i]), most[i]) for i in limited}
+    own = {i: _around(counter_of([i]), most[i], limits) for i in limited}
     full: list[int] = []
     while True:
         others = [i for i in everything if i not in full]
-        e1, e2 = _around(counter_of(others), rank + 1 - sum(most[i] for i in full))
+        e1, e2 = _around(counter_of(others), rank + 1 - sum(most[i] for i in full), limits)
         crowded = [i for i in limited if i not in full and e1 >= own[i][1]]
         if not crowded:
             break
@@ -70,9 +72,9 @@ def bounded_thresholds(
     return np.array([tensor_thresholds(v, a, b, [units[i]], [dtypes[i]])[0] for i, (a, b, v) in around.items()])
 
 
-def _around(counter: Counter, zeros: int) -> tuple[float, float]:
+def _around(counter: Counter, zeros: int, limits: Limits) -> tuple[float, float]:
     """The largest magnitude to remove and the smallest to keep, if so many are removed."""
     if zeros <= 0:
         return 0.0, counter.magnitude(counter.successor(0))
-    first, second = order_statistics(counter, min(zeros, counter.size) - 1)
+    first, second = order_statistics(counter, min(zeros, counter.size) - 1, limits=limits)
     return counter.magnitude(first), counter.magnitude(second)

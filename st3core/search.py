@@ -48,7 +48,7 @@ class Limits(NamedTuple):
     """Keys on either side that a forecast aims at, at most."""
 
 
-_ALONE = Limits()
+ALONE = Limits()
 
 TRAVELLING = Limits(bins=1 << 13, capacity=1 << 13, sample=1 << 12, few=256)
 """For answers that travel, of 64 KiB at most, however many weights there are."""
@@ -145,7 +145,7 @@ def count_thresholds(
     dtypes: Sequence[np.dtype[Any]],
     forecast: "Forecast | None" = None,
     *,
-    limits: Limits = _ALONE,
+    limits: Limits = ALONE,
 ) -> NDArray[np.float64]:
     """Threshold of every tensor, from what ``counter`` says of all of them.
 
@@ -168,7 +168,7 @@ def count_thresholds(
 
 
 def neighbouring_magnitudes(
-    counter: Counter, sparsity: float, forecast: "Forecast | None" = None, *, limits: Limits = _ALONE
+    counter: Counter, sparsity: float, forecast: "Forecast | None" = None, *, limits: Limits = ALONE
 ) -> tuple[float, float]:
     """The magnitudes :math:`e_1, e_2` on both sides of the threshold (equation 2b); zeros for ``sparsity == 0``.
 
@@ -237,7 +237,7 @@ class Forecast:
 
 
 def order_statistics(
-    counter: Counter, rank: int, forecast: Forecast | None = None, *, limits: Limits = _ALONE
+    counter: Counter, rank: int, forecast: Forecast | None = None, *, limits: Limits = ALONE
 ) -> tuple[int, int]:
     """Keys of rank ``rank`` and ``rank + 1`` (0-based); the key of infinity where there is no second.
 
@@ -311,7 +311,7 @@ def _learned(counter: Counter, keys: Sequence[int], forecast: Forecast | None) -
     return key, following
 
 
-def _guess(counter: Counter, rank: int, limits: Limits = _ALONE) -> tuple[int, int, int]:
+def _guess(counter: Counter, rank: int, limits: Limits = ALONE) -> tuple[int, int, int]:
     """Interval that probably holds the rank, from a sample, and how many keys it may hold."""
     keys = counter.sample(int(min(limits.sample, counter.size * _SAMPLE_SHARE + 1)))
     share = (rank + 0.5) / counter.size

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from st3_torch.placements import is_dtensor
+
 FORMAT = "st3core-state-1"
 
 StrPath = str | PathLike[str]
@@ -74,7 +76,14 @@ def save_state(state: Mapping[str, Any], path: StrPath) -> None:
 
     Raises:
         OSError: the folder does not exist or is not writable.
+        TypeError: a mask is sharded over processes.
     """
+    sharded = [name for name, mask in state["masks"].items() if is_dtensor(mask)]
+    if sharded:
+        raise TypeError(
+            f"save_state: masks must be tensors of this process, got a sharded one of {sharded[0]}; save the "
+            "state by torch.distributed.checkpoint, or gather the masks by full_tensor()"
+        )
     plain = {name: value for name, value in state.items() if name != "masks"}
     tensors = {name: mask.contiguous() for name, mask in state["masks"].items()}
     with replacing(path) as file:
@@ -98,7 +107,10 @@ def load_state(path: StrPath) -> dict[str, Any]:
     found = metadata.get("format")
     if found != FORMAT:
         raise ValueError(f"load_state: {path} must be of the format {FORMAT}, got {found!r}; save it by save_state")
-    return {**json.loads(metadata["state"]), "masks": masks}
+    try:
+        return {**json.loads(metadata["state"]), "masks": masks}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load_state: {path} must be a whole file of the format {FORMAT}, but {error!r}") from None
 
 
 def read_safetensors(path: StrPath, function: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

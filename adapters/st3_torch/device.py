@@ -116,7 +116,7 @@ def _batches(weights: Sequence[torch.Tensor], units: Sequence[float]) -> Iterato
     for (_, unit), members in groups.items():
         batch: _Batch = []
         for weight in members:
-            for part in weight.detach().reshape(-1).split(PIECE):
+            for part in _flat(weight).split(PIECE):
                 if batch and sum(other.numel() for other, _ in batch) + part.numel() > PIECE:
                     yield batch
                     batch = []
@@ -124,9 +124,16 @@ def _batches(weights: Sequence[torch.Tensor], units: Sequence[float]) -> Iterato
         yield batch
 
 
+def _flat(weight: torch.Tensor) -> torch.Tensor:
+    """All elements, in the order of memory where there are no gaps: a view then, not a copy."""
+    order = sorted(range(weight.ndim), key=lambda axis: -weight.stride(axis))
+    return weight.detach().permute(order).reshape(-1)
+
+
 def _keys(batch: _Batch, wide: bool) -> torch.Tensor:
     """Bits of the magnitudes, as integers (equation 1)."""
-    flat, unit = torch.cat([part for part, _ in batch]), batch[0][1]
+    parts, unit = [part for part, _ in batch], batch[0][1]
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
     magnitudes = flat.to(torch.float32 if flat.dtype.itemsize == 2 else flat.dtype).abs()
     if unit != 1.0:
         # By a tensor: for a number, some devices multiply by its rounded inverse instead.
@@ -141,7 +148,7 @@ def _histogram(keys: torch.Tensor, prefix: torch.Tensor, shift: int, width: int)
     # The others are counted too, in bins of their own: all in one, they would wait for each other.
     places = torch.where((keys >> (shift + width)) == prefix, digits, digits + bins).to(torch.int64)
     counts = torch.zeros(2 * bins, dtype=torch.int64, device=keys.device)
-    return counts.scatter_add(0, places, torch.ones_like(places))[:bins]
+    return counts.scatter_add(0, places, places.new_ones(()).expand_as(places))[:bins]
 
 
 def _smallest_above(keys: torch.Tensor, key: torch.Tensor, infinity: int) -> torch.Tensor:
@@ -175,6 +182,10 @@ def _tensor_threshold(
 
     threshold = value * divisor.double()
     limit = round_thresholds(threshold, dtype)
+    largest = torch.full_like(value, float(torch.finfo(compute).max) * unit)
+    is_over = score(limit).isinf() & e1.isfinite()
+    limit = torch.where(is_over, round_thresholds(largest, dtype), limit)
+    threshold = torch.where(is_over, limit.double(), threshold)
     for _ in range(2):  # units in the last place that it can be off
         at_limit = score(limit)
         is_above = (at_limit > e1) & ((at_limit >= e2) | (e1 == e2))

@@ -25,6 +25,7 @@ from torch import nn
 from st3_torch.checkpoint import StrPath, read_safetensors, replacing
 from st3_torch.memory import NUMPY_DTYPES
 from st3_torch.parametrization import SparseWeight
+from st3_torch.placements import is_dtensor
 
 FORMAT = "st3core-sparse-1"
 
@@ -92,7 +93,7 @@ def load_sparse(path: StrPath) -> dict[str, torch.Tensor]:
         return _unpack_all(metadata, parts)
     except KeyError as error:
         raise ValueError(f"{rule}, but it has no {error}") from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{rule}, but {error}") from None
 
 
@@ -104,6 +105,11 @@ def _distinct(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[s
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"save_sparse: {name} must be a tensor, got {tensor!r}; leave it out of the state_dict")
+        if is_dtensor(tensor):
+            raise TypeError(
+                f"save_sparse: {name} must be a tensor of this process, got one that is sharded; gather it by "
+                "full_tensor() first"
+            )
         memory = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         other = first.setdefault(memory, name) if tensor.numel() else name
         if other == name:

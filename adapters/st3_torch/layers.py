@@ -173,6 +173,11 @@ def _never_chosen(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str]
         homes.setdefault(id(site.tensor), []).append(name)
         if _is_lazy(site.tensor):
             raise ValueError(f"Sparsifier: {name} has no shape yet; run the model once before you sparsify it")
+        if site.tensor.is_meta:
+            raise ValueError(
+                f"Sparsifier: {name} must have values, got a tensor on the meta device; give the model memory and "
+                "weights first, by to_empty and load_state_dict"
+            )
     dense = {name for name, site in sites.items() if site.tensor_name not in kernel_layouts(site.module)}
     for name, site in sites.items():
         others = [other for other in homes[id(site.tensor)] if other != name]

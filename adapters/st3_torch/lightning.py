@@ -51,9 +51,11 @@ class SparsifierCallback(Callback):
         self._options: dict[str, Any] = {"include": include, "exclude": exclude, "min_density": min_density}
         self.sparsifier: Sparsifier | None = None
         self._logged_step = 0
+        self._is_loaded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sparsify the module, before its checkpoint is loaded."""
+        self._is_loaded = False
         if self.sparsifier is None or self.sparsifier.model is not pl_module:
             self.sparsifier = Sparsifier(pl_module, self.schedule, self.method, **self._options)
 
@@ -61,8 +63,10 @@ class SparsifierCallback(Callback):
         """Follow the optimizer, which exists now.
 
         Raises:
-            ValueError: not exactly one of the module's optimizers trains sparsified kernels.
+            ValueError: not exactly one of the module's optimizers trains sparsified kernels, or the checkpoint has no
+                state of this callback.
         """
+        self._check_checkpoint(trainer)
         sparsifier = self._required()
         raw = sparsifier.raw_parameters
         optimizers = [optimizer for optimizer in trainer.optimizers if trains_any(optimizer, raw)]
@@ -72,6 +76,26 @@ class SparsifierCallback(Callback):
                 "choose the kernels of one by include or exclude"
             )
         sparsifier.follow(optimizers[0])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a checkpoint without thresholds, as all of these do."""
+        self._check_checkpoint(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See :meth:`on_validation_start`."""
+        self._check_checkpoint(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See :meth:`on_validation_start`."""
+        self._check_checkpoint(trainer)
+
+    def _check_checkpoint(self, trainer: Trainer) -> None:
+        path = trainer.ckpt_path
+        if path is not None and not self._is_loaded:
+            raise ValueError(
+                f"SparsifierCallback: ckpt_path must have the Sparsifier's state, got {path}, which has none and would "
+                "run dense; save checkpoints with save_weights_only=False"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,6 +120,7 @@ class SparsifierCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` has saved; Lightning has loaded the module already."""
         self._required().load_state_dict(state_dict)
+        self._is_loaded = True
 
     def _required(self) -> Sparsifier:
         if self.sparsifier is None:

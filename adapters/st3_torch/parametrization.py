@@ -47,7 +47,8 @@ class SparseWeight(nn.Module):
         """Forward weight of the raw weight."""
         if self.mask is not None:
             return torch.where(spread_like(self.mask, weight), weight, 0)
-        return forward_weight(weight, self.threshold, self.method, self.layout)
+        threshold = self.threshold.to(weight.device, non_blocking=True)  # not there if weights are offloaded
+        return forward_weight(weight, threshold, self.method, self.layout)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

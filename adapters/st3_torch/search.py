@@ -16,7 +16,7 @@ from st3core.counting import ArrayCounter
 from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method
 from st3core.operators import round_thresholds
-from st3core.search import TRAVELLING, Counter, Forecast, count_thresholds, tensor_units
+from st3core.search import ALONE, TRAVELLING, Counter, Forecast, count_thresholds, tensor_units
 
 Thresholds = NDArray[np.float64] | Searched
 """One number a kernel; on a device until somebody wants to know them."""
@@ -49,14 +49,15 @@ def find(
     def counter_of(members: Sequence[int]) -> Counter:
         return _counter(*([part[i] for i in members] for part in (tensors, units, names)))  # type: ignore[arg-type]
 
+    is_sharded = any(map(is_dtensor, tensors))
+    limits = TRAVELLING if is_sharded else ALONE
     if any(min_density) and sparsity:
         sizes = [tensor.numel() for tensor in tensors]
-        return bounded_thresholds(counter_of, sizes, sparsity, units, dtypes, min_density)
-    is_sharded = any(map(is_dtensor, tensors))
+        return bounded_thresholds(counter_of, sizes, sparsity, units, dtypes, min_density, limits)
     if not is_sharded and device.suits(tensors):
         return device.find_thresholds(tensors, units, sparsity)
-    hints = {"forecast": forecast, "limits": TRAVELLING} if is_sharded else {}
-    return count_thresholds(counter_of(range(len(tensors))), sparsity, units, dtypes, **hints)  # type: ignore[arg-type]
+    counter, own = counter_of(range(len(tensors))), forecast if is_sharded else None
+    return count_thresholds(counter, sparsity, units, dtypes, own, limits=limits)
 
 
 def _counter(weights: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> Counter:

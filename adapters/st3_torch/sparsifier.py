@@ -7,6 +7,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -163,13 +164,16 @@ class Sparsifier:
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
         self._followed: RemovableHandle | None = None
+        self._may_differ = dist.is_available() and dist.is_initialized()
         self._set_thresholds(first, self._fitting_plan(self._raw()))
 
     def step(self) -> None:
         """Count one completed optimizer step and renew the threshold; call it after ``optimizer.step()``.
 
         Raises:
-            ValueError: a weight is NaN or infinite; the step is then not counted.
+            ValueError: a weight on the CPU is NaN or infinite; the step is then not counted. On other devices nobody
+                looks before thresholds are read: the last ones stay, and :attr:`thresholds`, :attr:`sparsity` and
+                the like raise the error.
             RuntimeError: the model has been finalized.
         """
         self._require_open("step")
@@ -245,12 +249,19 @@ class Sparsifier:
         return dict(zip((kernel.name for kernel in self._kernels), self._read_thresholds().tolist(), strict=True))
 
     @property
+    def min_density(self) -> dict[str, float]:
+        """Share of its weights that every kernel keeps at least; empty if none has to."""
+        return dict(zip(self._named(self._raw()), self._min_density, strict=False))
+
+    @property
     def sparsity(self) -> float:
-        """Measured share of zeros over all the sparsified weights."""
+        """Measured share of zeros over all the sparsified weights; of a sharded model, every process has to ask."""
         return sum(self._zeros()) / sum(shape.numel() for shape in self._shapes)
 
     def report(self, *inputs: Any) -> Report:
         """Zeros and bytes per layer; multiply-adds too if an example of the model's inputs is given.
+
+        Of a sharded model, every process has to ask.
 
         Args:
             inputs: what the model is called with, once, without gradients and in evaluation mode.
@@ -329,7 +340,7 @@ class Sparsifier:
             "step": self._step,
             "method": asdict(self.method),
             "schedule": schedule_state(self.schedule),
-            "min_density": dict(zip(self._named(self._raw()), self._min_density, strict=False)),
+            "min_density": self.min_density,
             "applied_sparsity": self._applied_sparsity,
             "frozen": self._frozen,
             "shapes": {kernel.name: list(shape) for kernel, shape in zip(self._kernels, self._shapes, strict=True)},
@@ -348,6 +359,7 @@ class Sparsifier:
         self._require_open("load_state_dict")
         check_state(self._state(dict.fromkeys(self._named(self._raw()), 0.0)), state)  # its own may not be finite
         self._step, self._applied_sparsity = state["step"], state["applied_sparsity"]
+        self._may_differ = False
         found = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
         self._set_thresholds(found, self._fitting_plan(self._raw()))
         self._frozen = state["frozen"]
@@ -426,6 +438,8 @@ class Sparsifier:
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
         """Compute the forward weights of all layers at once, before the model runs."""
+        if self._may_differ and not torch.compiler.is_compiling():
+            self._find_first_again()
         if self.method.backward == "masked" or self._frozen or torch.compiler.is_compiling():
             return
         if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
@@ -445,6 +459,14 @@ class Sparsifier:
         set_ready(self._slots, plan.in_graph if in_graph else plan.forward)
         if in_graph and any(plan.hooked):
             clear_ready([slots for slots, hooked in zip(self._slots, plan.hooked, strict=True) if hooked])
+
+    def _find_first_again(self) -> None:
+        """A wrapper that was made after this may have given all processes the same weights."""
+        self._may_differ = False
+        if self._step == 0 and not self._frozen and not fsdp.is_managed(self._sites):
+            raw = self._raw()
+            plan = self._fitting_plan(raw)
+            self._set_thresholds(self._find_thresholds(raw, self._applied_sparsity, plan), plan)
 
     def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():

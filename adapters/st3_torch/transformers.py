@@ -16,6 +16,7 @@ except ImportError as error:  # pragma: no cover
         "st3_torch.transformers needs Transformers; install it with: pip install 'st3core[transformers]'"
     ) from error
 
+from st3_torch.checkpoint import replacing
 from st3_torch.layers import Rule
 from st3_torch.metrics import metrics
 from st3_torch.sparsifier import Sparsifier
@@ -75,7 +76,8 @@ class SparsifierCallback(TrainerCallback):
         """Load the state of a checkpoint, if there is one, and follow the optimizer.
 
         Raises:
-            ValueError: the Trainer has made a new model, or the state belongs to another method or schedule.
+            ValueError: the Trainer has made a new model, a checkpoint has no state of the Sparsifier, or one of another
+                method or schedule.
         """
         sparsifier = self._required()
         if kwargs["model"] is not sparsifier.model:
@@ -85,19 +87,26 @@ class SparsifierCallback(TrainerCallback):
         saved = _saved(state)
         if _ENTRY in saved:
             sparsifier.load_state_dict(_from_json(saved[_ENTRY]))
+        elif state.global_step:
+            raise ValueError(
+                "SparsifierCallback: a checkpoint must have the Sparsifier's state, got one of step "
+                f"{state.global_step} without; resume from one that was saved with this callback"
+            )
         sparsifier.follow(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the state where the Trainer will save it, if it is going to."""
+        _saved(state).pop(_ENTRY, None)
         if control.should_save:
             self._put(state)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """As :meth:`on_step_end`: whether to save is decided anew after an epoch."""
-        if control.should_save:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the state to what was saved, if that was decided after :meth:`on_step_end`."""
+        file = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / "trainer_state.json"
+        if _ENTRY not in _saved(state) and state.is_world_process_zero and file.exists():
             self._put(state)
+            with replacing(file) as partial:
+                state.save_to_json(str(partial))
 
     def _put(self, state: TrainerState) -> None:
         _saved(state)[_ENTRY] = _to_json(self._required().state_dict())

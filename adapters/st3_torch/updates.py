@@ -11,7 +11,9 @@ def unwrapped(optimizer: object) -> torch.optim.Optimizer:
     Raises:
         TypeError: there is none.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"Sparsifier.follow: optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
     return inner

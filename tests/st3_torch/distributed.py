@@ -220,6 +220,20 @@ def ddp_equals_one_process():
 
 
 @check(2)
+def ddp_makes_one_of_processes_that_began_with_other_weights():
+    for method in ("st3", "gmp"):
+        model = make_model(dist.get_rank())
+        late = PolynomialSchedule(0.9, begin_step=0, end_step=100, initial_sparsity=0.5)
+        sp = Sparsifier(model, late, method)
+        first = list(sp.thresholds.values())
+        DistributedDataParallel(model)(batch(0)[0])
+        found: list[list[float]] = [[], []]
+        dist.all_gather_object(found, list(sp.thresholds.values()))
+        assert found[0] == found[1]
+        assert (found[0] == first) == (dist.get_rank() == 0)
+
+
+@check(2)
 def ddp_sends_no_thresholds():
     plain, sparse = make_model(), make_model()
     sparsifier = Sparsifier(sparse, schedule())
@@ -608,6 +622,11 @@ def thresholds_of_parts_are_those_of_the_whole():
             forecast = Forecast()
             for sparsity in (0.0, 0.3, 0.31, 0.99):
                 for method in map(get_method, ("st3", "st3_sigma")):
+                    if sparsity == 0.3:
+                        bounded = (0.0, 0.9, 0.5, 0.7)
+                        expected = find(dict(zip(names, typed, strict=True)), sparsity, method, min_density=bounded)
+                        named = dict(zip(names, spread, strict=True))
+                        assert (find(named, sparsity, method, min_density=bounded) == expected).all()
                     expected = find(dict(zip(names, typed, strict=True)), sparsity, method)
                     named = dict(zip(names, spread, strict=True))
                     assert (find(named, sparsity, method, forecast=forecast) == expected).all()

@@ -58,6 +58,16 @@ def run(path, *arguments):
     return subprocess.run(command, cwd=ROOT, env=environment(), check=False, timeout=300).returncode
 
 
+def test_a_link_stays_a_link(tmp_path):
+    real, link = tmp_path / "real.pt", tmp_path / "latest.pt"
+    real.write_text("old")
+    link.symlink_to(real)
+    with replacing(link) as file:
+        file.write_text("new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+
+
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path):
     chance = random.Random(2212)
     assert run(tmp_path / "whole.pt", STEPS) == 0

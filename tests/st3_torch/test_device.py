@@ -52,6 +52,14 @@ def test_what_is_not_finite_is_noticed(dtype, bad):
     assert device.find_thresholds(weights[:1], [1.0], 0.5).finite
 
 
+def test_a_tensor_below_all_that_others_keep():
+    arrays = [np.array([1e200, 2e200, 3e200]), np.ones((3, 3), np.float32)]
+    expected = st3core.find_thresholds(arrays, 0.9, "st3_sigma")
+    found = device.find_thresholds(list(map(torch.from_numpy, arrays)), units_of(arrays, "st3_sigma"), 0.9)
+    assert found.thresholds.tolist() == expected.tolist()
+    assert expected[1] > 1e38
+
+
 def test_one_graph_for_every_threshold():
     torch._dynamo.reset()  # it takes numbers that differ between tests for ones that vary
     graphs = []

@@ -356,3 +356,10 @@ def test_shallow_copies_share_their_weights(make):
     copied = copy.copy(layer)
     assert torch.equal(run(copied), run(layer))
     assert [id(p) for p in copied.parameters()] == [id(p) for p in layer.parameters()]
+
+
+def test_models_without_memory_are_refused():
+    with torch.device("meta"):
+        model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=r"weight must have values, got a tensor on the meta device; .* to_empty"):
+        Sparsifier(model, ramp())

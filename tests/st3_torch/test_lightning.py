@@ -33,6 +33,9 @@ class Module(LightningModule):
         self.log("loss", loss)
         return loss
 
+    def validation_step(self, batch, index):
+        self.log("other_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
     def test_step(self, batch, index):
         self.log("zeros", (self.net[6].weight == 0).float().mean())
 
@@ -54,9 +57,11 @@ def trainer(folder, *callbacks, **options):
     return Trainer(callbacks=list(callbacks), **options)
 
 
-def fitted(folder, schedule, module=None, ckpt_path=None, loader=None, **options):
+def fitted(folder, schedule, module=None, ckpt_path=None, loader=None, saving=None, **options):
     callback, module = SparsifierCallback(schedule), module or Module()
-    trainer(folder, callback, **options).fit(module, loader or data(), ckpt_path=ckpt_path)
+    trainer(folder, callback, *([saving] if saving else []), **options).fit(
+        module, loader or data(), ckpt_path=ckpt_path
+    )
     return callback.sparsifier, module
 
 
@@ -130,6 +135,27 @@ def test_a_checkpoint_is_tested_sparse(tmp_path):
     (found,) = trainer(tmp_path, callback).test(Module(), data(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
     assert found["zeros"] == pytest.approx(callback.sparsifier.report().layers[2].sparsity)
     assert callback.sparsifier.sparsity == pytest.approx(0.9, abs=2e-3)
+
+
+def test_a_checkpoint_of_weights_alone_is_refused(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="weights", save_weights_only=True)
+    fitted(tmp_path, ramp(), module := Module(), max_epochs=1, enable_checkpointing=True, saving=saving)
+    path = str(tmp_path / "weights.ckpt")
+    for run in ("fit", "validate", "test", "predict"):
+        made = trainer(tmp_path, SparsifierCallback(ramp()), max_epochs=2)
+        with pytest.raises(ValueError, match=r"ckpt_path must have the Sparsifier's state, got .*weights.ckpt"):
+            getattr(made, run)(Module(), data(), ckpt_path=path)
+    assert module.net[6].weight.count_nonzero() < module.net[6].weight.numel()
+
+
+def test_least_densities(tmp_path):
+    callback = SparsifierCallback(ramp(), min_density={"net.0": 1.0})
+    logger = CSVLogger(tmp_path, version=0)
+    trainer(tmp_path, callback, max_epochs=2, logger=logger, log_every_n_steps=1).fit(Module(), data())
+    logger.save()
+    assert callback.sparsifier.thresholds["net.0.weight"] == 0
+    assert callback.sparsifier.min_density == {"net.0.weight": 1.0, "net.3.weight": 0.0, "net.6.weight": 0.0}
+    assert "threshold/net.6.weight" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
 
 
 def test_accumulated_batches_do_not_count(tmp_path):

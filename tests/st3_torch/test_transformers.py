@@ -85,6 +85,27 @@ def test_another_schedule_is_rejected(tmp_path):
         trained(tmp_path, ramp(0.9, end=11), resume=str(tmp_path / "checkpoint-5"))
 
 
+def test_a_checkpoint_without_the_state_is_refused(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=5, model=(model := gpt2())).train()
+    Sparsifier(model, ramp())  # a checkpoint of a sparsified model has other names
+    with pytest.raises(ValueError, match="must have the Sparsifier's state, got one of step 5 without"):
+        trained(tmp_path / "other", ramp(0.9, end=10), resume=str(tmp_path / "checkpoint-5"))
+
+
+class SavesLate(TrainerCallback):
+    """Decides to save after all others."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == 5
+
+
+def test_a_save_that_others_ask_for_has_the_state(tmp_path):
+    schedule, callback = ramp(0.9, end=10), SparsifierCallback(ramp(0.9, end=10))
+    trainer(tmp_path, callback, SavesLate(), save_strategy="steps", save_steps=100).train()
+    resumed, _ = trained(tmp_path / "other", schedule, resume=str(tmp_path / "checkpoint-5"))
+    assert resumed.thresholds == callback.sparsifier.thresholds
+
+
 def test_accumulated_batches_do_not_count(tmp_path):
     sp, made = trained(tmp_path, ramp(), gradient_accumulation_steps=2)
     assert sp.step_count == made.state.global_step == 12
