@@ -202,7 +202,7 @@ def test_models_that_the_trainer_makes_anew_are_refused(tmp_path):
 def test_options_reach_the_sparsifier(tmp_path):
     callback = SparsifierCallback(ramp(), "gmp", include="*.mlp.*")
     with pytest.raises(RuntimeError, match="there is no Sparsifier; give the callback to the Trainer's callbacks"):
-        callback.on_step_end(None, None, None)
+        callback.on_train_end(None, None, None)
     trainer(tmp_path, callback)
     assert callback.sparsifier.method.name == "gmp"
     assert len(callback.sparsifier.thresholds) == 4
