@@ -126,7 +126,8 @@ def _batches(weights: Sequence[torch.Tensor], units: Sequence[float]) -> Iterato
 
 def _flat(weight: torch.Tensor) -> torch.Tensor:
     """All elements, in the order of memory where there are no gaps: a view then, not a copy."""
-    order = sorted(range(weight.ndim), key=lambda axis: -weight.stride(axis))
+    strides = weight.stride()
+    order = sorted(range(weight.ndim), key=lambda axis: -strides[axis])
     return weight.detach().permute(order).reshape(-1)
 
 
