@@ -10,6 +10,9 @@ from benchmarks import alternatives, step
 from benchmarks.grid import Grid, number, spread
 from benchmarks.shapes import he_normal, in_one_piece, keras_layout, resnet50
 from benchmarks.timing import Call, interleaved, summary
+from st3core import search
+from st3core.counting import ArrayCounter
+from st3core.reference import position
 
 SLOW_ROUNDS = 3
 
@@ -45,6 +48,7 @@ def measure(sparsity: float, rounds: int) -> dict[str, Any]:
         "tensors": len(weights),
         "rounds": rounds,
         "rows": summary(seconds, {name: _UNITS[unit] for name, unit in units.items()}),
+        "cold_parts": _cold_parts(flat, weights, sparsity, rounds),
         "slow_rounds": SLOW_ROUNDS,
         "alternatives": summary(slow_seconds, {name: _UNITS[unit] for name, unit in slow_units.items()}),
     }
@@ -56,6 +60,7 @@ def grids(figures: dict[str, Any]) -> list[Grid]:
     whole = [name for name in others if name in (SORT_STEP, PRUNE)]
     return [
         _grid("Finding the threshold", "reads", rows, _SEARCHES),
+        *_parts_grid(figures),
         _grid("Applying it", "copies", rows, _OPERATORS),
         _grid("Both together", "reads + copies", rows, (STEP,)),
         _grid("Other ways to find the threshold", "cold searches", others, [x for x in others if x not in whole]),
@@ -66,6 +71,31 @@ def grids(figures: dict[str, Any]) -> list[Grid]:
 def _grid(title: str, unit: str, rows: dict[str, dict[str, float]], names: Any) -> Grid:
     cells = ((n, number(rows[n]["median"]), spread(rows[n]), number(rows[n]["milliseconds"])) for n in names)
     return Grid(title, ("", f"in {unit}", "quartiles", "ms on this machine"), tuple(cells))
+
+
+def _cold_parts(flat: np.ndarray, weights: list[np.ndarray], sparsity: float, rounds: int) -> dict[str, dict[str, Any]]:
+    """What a cold search of one look does, each part by itself, in reads of the weights."""
+    units, names = [1.0] * len(weights), [""] * len(weights)
+    counter, (rank, _) = ArrayCounter(weights, units, names), position(flat.size, sparsity)
+    low, high, _ = search._guess(counter, rank)
+    below, inside, keys = counter.gather(low, high, search.CAPACITY)
+    if keys is None:
+        raise RuntimeError(f"_cold_parts: one look must be enough, got {inside} keys in the interval of a sample")
+    nothing = counter.infinity - 1  # an interval that holds no key
+    parts: dict[str, Call] = {
+        READ: step.read(flat),
+        "the table of chunks": lambda: ArrayCounter(weights, units, names),
+        "a sample, and the interval that it leads to": lambda: search._guess(counter, rank),
+        "counting all weights": lambda: counter.gather(nothing, nothing + 1, search.CAPACITY),
+        f"gathering {inside:,} of them, and counting": lambda: counter.gather(low, high, search.CAPACITY),
+        "the two among these": lambda: search._pick(counter, keys.copy(), rank - below, None, search.ALONE),
+    }
+    return summary(interleaved(parts, rounds), dict.fromkeys(parts, (READ,)))
+
+
+def _parts_grid(figures: dict[str, Any]) -> list[Grid]:
+    parts = figures.get("cold_parts")  # not part of older figures
+    return [_grid("What a cold search does", "reads", parts, list(parts)[1:])] if parts else []
 
 
 def _candidates(flat: np.ndarray, weights: list[np.ndarray], sparsity: float) -> dict[str, Call]:
