@@ -152,6 +152,16 @@ class Sparsifier:
         self._kernels = [_attach(name, sites, order, self.method) for (name, sites), order in parts]
         self._shapes = [kernel.raw.shape for kernel in self._kernels]
         self._sites = [site for kernel in self._kernels for site in kernel.sites]
+        self._hooks: list[RemovableHandle] = []
+        try:
+            self._begin(first)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _begin(self, first: Thresholds) -> None:
+        """What follows once the parametrizations are in place."""
+        model = self.model
         fsdp.follow(model, fsdp.moves(self._sites))
         ddp.keep_thresholds_here(model)
         self._plan: Plan | None = None
@@ -166,6 +176,15 @@ class Sparsifier:
         self._followed: RemovableHandle | None = None
         self._may_differ = dist.is_available() and dist.is_initialized()
         self._set_thresholds(first, self._fitting_plan(self._raw()))
+
+    def _leave(self) -> None:
+        """Take every trace off the model, whose parameters stay as they are."""
+        ddp.undo(self.model)
+        for kernel in self._kernels:
+            for site, order in zip(kernel.sites, kernel.orders, strict=True):
+                detach(site, order)
+        for hook in self._hooks:
+            hook.remove()
 
     def step(self) -> None:
         """Count one completed optimizer step and renew the threshold; call it after ``optimizer.step()``.

@@ -567,3 +567,16 @@ def test_a_thousand_training_steps_do_not_grow_the_process():
     growth = queue.get(timeout=300)
     child.join()
     assert growth < 0.02  # a forward weight that stays behind at each step makes 17 MB, about 5 %
+
+
+def test_a_start_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    model = small_net()
+    names, hooks = list(model.state_dict()), dict(model._forward_pre_hooks)
+    with monkeypatch.context() as patch:
+        patch.setattr("st3_torch.sparsifier.Forecast", None)
+        with pytest.raises(TypeError):
+            Sparsifier(model, ramp())
+    assert list(model.state_dict()) == names
+    assert model._forward_pre_hooks == hooks
+    assert [type(module) for module in model] == [type(module) for module in small_net()]
+    Sparsifier(model, ramp())
