@@ -183,6 +183,12 @@ def test_neighbours_are_those_of_all_keys_in_order(arrays, sparsity, method, rea
         assert found == [max(around[0], inside[0]), keys[rank], following, min(around[1], inside[-1])]
 
 
+def test_neighbours_at_a_distance():
+    counter = counting.ArrayCounter([np.arange(1, 101, dtype=np.float32)], [1.0], ["w"])
+    found = counter.neighbours(0, counter.infinity, 50, 10)
+    assert [counter.magnitude(key) for key in found] == [41, 51, 52, 61]
+
+
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_neighbours_name_a_weight_that_is_not_finite(bad):
     counter = counting.ArrayCounter([np.ones(3), np.array([1.0, bad])], [1.0, 1.0], ["a", "b"])
