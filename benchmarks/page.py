@@ -32,7 +32,11 @@ of the step before, while the sparsity rises. The cold search knows nothing. Bot
 that find a threshold get all magnitudes in one array, made beforehand; those that make the zeros get the weights, as
 the library does. All tensors lie one behind the other, in the memory that the read and the copy beside them take. The
 operator without rescale and `sparsify` write into memory that is there already. Medians of {rounds} rounds, and of
-{slow_rounds} for the alternatives.""",
+{slow_rounds} for the alternatives.
+
+A processor whose last cache holds all of these weights reads them in so little time that the searches are further
+above a read. A cold search spends most on gathering the keys near the threshold. The next idea there is to write out
+groups of eight in which one is wanted, as they are, and to sort them out afterwards.""",
     "sizes": """## Size
 
 One float32 tensor, in output channels of 1000 weights. "Traced" is the peak of what Python and NumPy allocate during
