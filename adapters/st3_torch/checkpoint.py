@@ -103,17 +103,14 @@ def load_state(path: StrPath) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or it is another one.
     """
-    metadata, masks = read_safetensors(path, "load_state")
-    found = metadata.get("format")
-    if found != FORMAT:
-        raise ValueError(f"load_state: {path} must be of the format {FORMAT}, got {found!r}; save it by save_state")
+    metadata, masks = read_safetensors(path, FORMAT, "load_state")
     try:
         return {**json.loads(metadata["state"]), "masks": masks}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load_state: {path} must be a whole file of the format {FORMAT}, but {error!r}") from None
 
 
-def read_safetensors(path: StrPath, function: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def read_safetensors(path: StrPath, format: str, function: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a safetensors file.
 
     Raises:
@@ -122,6 +119,13 @@ def read_safetensors(path: StrPath, function: str) -> tuple[dict[str, str], dict
     """
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{function}: {path} must be a whole safetensors file, got one that is not: {error}") from None
+    if metadata.get("format") != format:
+        saver = function.replace("load", "save")
+        raise ValueError(
+            f"{function}: {path} must be of the format {format}, got {metadata.get('format')!r}; save it by {saver}"
+        )
+    return metadata, tensors

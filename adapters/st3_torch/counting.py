@@ -9,6 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from st3_torch.memory import as_array, on_cpu
+from st3core.counting import ArrayCounter
+from st3core.search import Counter
+
+
+def local_counter(weights: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> Counter:
+    """Counter of what this process holds: by the core's kernels on the CPU, by PyTorch operations elsewhere."""
+    if all(map(on_cpu, weights)):
+        return ArrayCounter([as_array(weight) for weight in weights], units, names)
+    return TensorCounter(weights, units, names)
+
 
 class TensorCounter:
     """Counts the keys of tensors with PyTorch operations; see :class:`st3core.search.Counter`.

@@ -84,10 +84,7 @@ def load_sparse(path: StrPath) -> dict[str, torch.Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or it is another one.
     """
-    metadata, parts = read_safetensors(path, "load_sparse")
-    found = metadata.get("format")
-    if found != FORMAT:
-        raise ValueError(f"load_sparse: {path} must be of the format {FORMAT}, got {found!r}; save it by save_sparse")
+    metadata, parts = read_safetensors(path, FORMAT, "load_sparse")
     rule = f"load_sparse: {path} must be a whole file of the format {FORMAT}"
     try:
         return _unpack_all(metadata, parts)

@@ -7,12 +7,11 @@ import torch
 from numpy.typing import NDArray
 
 from st3_torch import device, sharded
-from st3_torch.counting import TensorCounter, non_finite
+from st3_torch.counting import local_counter, non_finite
 from st3_torch.device import Searched
-from st3_torch.memory import NUMPY_DTYPES, as_array, on_cpu
+from st3_torch.memory import NUMPY_DTYPES
 from st3_torch.placements import is_dtensor
 from st3core.bounded import bounded_thresholds
-from st3core.counting import ArrayCounter
 from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method
 from st3core.operators import round_thresholds
@@ -61,11 +60,8 @@ def find(
 
 
 def _counter(weights: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> Counter:
-    if any(map(is_dtensor, weights)):
-        return sharded.counter(weights, units, names)
-    if all(map(on_cpu, weights)):
-        return ArrayCounter([as_array(weight) for weight in weights], units, names)
-    return TensorCounter(weights, units, names)
+    kind = sharded.counter if any(map(is_dtensor, weights)) else local_counter
+    return kind(weights, units, names)
 
 
 def read(thresholds: Thresholds, weights: Mapping[str, torch.Tensor]) -> NDArray[np.float64]:

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from st3_torch.counting import TensorCounter
-from st3_torch.memory import as_array, on_cpu
+from st3_torch.counting import local_counter
 from st3_torch.placements import is_dtensor, local, sharding
-from st3core.counting import ArrayCounter, SummedCounter
+from st3core.counting import SummedCounter
 from st3core.search import Counter
 
 
@@ -69,7 +68,7 @@ def counter(weights: Sequence[torch.Tensor], units: Sequence[float], names: Sequ
     grid, here = Grid(weights), f"(the part of rank {dist.get_rank()})"
     parts = [local(weight) for weight in weights]
     counted = [part if grid.owns(w) else part.new_empty(0) for part, w in zip(parts, weights, strict=True)]
-    own = _counter(counted, units, [f"{name} {here}" for name in names])
+    own = local_counter(counted, units, [f"{name} {here}" for name in names])
     return SummedCounter(own, grid, sum(weight.numel() for weight in weights))
 
 
@@ -79,12 +78,6 @@ def total_counts(counts: Sequence[int], weights: Sequence[torch.Tensor]) -> list
     own = [count if grid.owns(weight) else 0 for count, weight in zip(counts, weights, strict=True)]
     result: list[int] = grid.sum(np.array(own, np.int64)).tolist()
     return result
-
-
-def _counter(parts: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> Counter:
-    if all(on_cpu(part) for part in parts):
-        return ArrayCounter([as_array(part) for part in parts], units, names)
-    return TensorCounter(parts, units, names)
 
 
 def _same(one: Any, other: Any) -> bool:

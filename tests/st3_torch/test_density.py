@@ -85,7 +85,7 @@ def test_on_a_device(monkeypatch):
     expected = Sparsifier(
         make_model(), PolynomialSchedule(0.9, begin_step=0, end_step=1, initial_sparsity=0.9), min_density=0.05
     )
-    for module in ("search.on_cpu", "plan.on_cpu"):
+    for module in ("counting.on_cpu", "plan.on_cpu"):
         monkeypatch.setattr(f"st3_torch.{module}", lambda tensor: False)
     found = Sparsifier(
         make_model(), PolynomialSchedule(0.9, begin_step=0, end_step=1, initial_sparsity=0.9), min_density=0.05

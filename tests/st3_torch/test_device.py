@@ -92,7 +92,7 @@ def test_the_compiler_keeps_every_bit():
 @pytest.fixture
 def on_device(monkeypatch):
     """The path of other devices, forced on the CPU."""
-    for module in ("operator._on_cpu", "search.on_cpu", "plan.on_cpu"):
+    for module in ("operator._on_cpu", "counting.on_cpu", "plan.on_cpu"):
         monkeypatch.setattr(f"st3_torch.{module}", lambda tensor: False)
     monkeypatch.setattr(device, "suits", lambda weights: True)
 

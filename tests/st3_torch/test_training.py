@@ -137,7 +137,7 @@ KINDS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
 def path(request, monkeypatch):
     """Both paths, on the CPU."""
     if request.param == "device":
-        for module in ("operator._on_cpu", "search.on_cpu", "plan.on_cpu"):
+        for module in ("operator._on_cpu", "counting.on_cpu", "plan.on_cpu"):
             monkeypatch.setattr(f"st3_torch.{module}", lambda tensor: False)
         monkeypatch.setattr(device, "suits", lambda weights: True)
 
