@@ -96,9 +96,12 @@ def search(
 
 
 def round_thresholds(thresholds: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float64 rounded to ``dtype`` once: on its way to half precision PyTorch rounds to float32 first."""
-    if dtype.itemsize > 2:
+    """float64 rounded to ``dtype`` as the core does: to bfloat16 by way of float32, to all others once."""
+    if dtype == torch.bfloat16:
+        return thresholds.to(torch.float32).to(dtype)
+    if dtype != torch.float16:
         return thresholds.to(dtype)
+    # PyTorch would go to float16 by way of float32 too. Rounded to odd there, nothing is rounded twice.
     nearest = thresholds.to(torch.float32)
     below = _moved(nearest, -(nearest.double() > thresholds).to(torch.int32))
     odd = below.view(torch.int32) | (below.double() != thresholds).to(torch.int32)

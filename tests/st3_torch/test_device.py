@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,9 +34,11 @@ def test_thresholds_are_those_of_the_core(arrays, sparsity, method, piece):
 
 @given(
     st.floats(0, 1e39) | st.floats(0, 1e-37) | st.floats(0, 70_000),
-    st.sampled_from([np.dtype(np.float16), np.dtype(np.float32), TORCH_DTYPES and NUMPY_DTYPES[torch.bfloat16]]),
+    st.sampled_from([np.dtype(np.float16), np.dtype(np.float32), NUMPY_DTYPES[torch.bfloat16]]),
 )
-def test_a_threshold_is_rounded_once(threshold, dtype):
+@example(1.011718729832637, NUMPY_DTYPES[torch.bfloat16])  # a tie, once it is a float32
+@example(1.00048828124999, np.dtype(np.float16))  # the same for float16, which is rounded once
+def test_a_threshold_is_rounded_as_in_the_core(threshold, dtype):
     with np.errstate(over="ignore"):
         expected = np.float64(threshold).astype(dtype)
     found = device.round_thresholds(torch.tensor(threshold, dtype=torch.float64), TORCH_DTYPES[dtype])
@@ -50,6 +52,13 @@ def test_what_is_not_finite_is_noticed(dtype, bad):
     for sparsity in (0.0, 0.5):
         assert not device.find_thresholds(weights, [1.0, 1.0], sparsity).finite
     assert device.find_thresholds(weights[:1], [1.0], 0.5).finite
+
+
+@pytest.mark.parametrize("method", ["st3", "st3_sigma"])
+def test_a_threshold_that_rounds_to_a_tie(method):
+    array = np.array([[1.0], [1.0078125], [1.015625], [1.0234375]]).astype(NUMPY_DTYPES[torch.bfloat16])
+    found = device.find_thresholds([as_tensor(array)], units_of([array], method), 0.5)
+    assert found.thresholds.tolist() == st3core.find_thresholds([array], 0.5, method).tolist()
 
 
 def test_a_tensor_below_all_that_others_keep():
