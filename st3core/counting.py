@@ -27,6 +27,9 @@ _SLACK = 1.125
 _ROOM = 1 << 14
 """Keys that a search in one call may gather; a forecast that finds more of them is worth another look."""
 
+_SORTED = 512
+"""Keys that are sorted sooner than counted."""
+
 _KEY_FLOATS = {np.dtype(np.uint32): np.float32, np.dtype(np.uint64): np.float64}
 _NO_BINS = np.empty(0, np.int64)
 
@@ -214,6 +217,18 @@ class ArrayCounter:
             "find_thresholds: a magnitude divided by its tensor's sigma exceeds the largest number of the "
             "weights' dtype; scale the weights down"
         )
+
+
+def keys_of_ranks(keys: np.ndarray, ranks: Sequence[int]) -> list[int]:
+    """The keys of ascending ranks, from 0, of keys in any order; their order may change."""
+    if len(keys) <= _SORTED:
+        keys.sort()
+        return [int(keys[rank]) for rank in ranks]
+    unsigned = keys.view(f"u{keys.itemsize}")
+    interval = np.array([unsigned.min(), int(unsigned.max()) + 1], unsigned.dtype)
+    found = np.empty(len(ranks), unsigned.dtype)
+    kernels.of_ranks(unsigned, np.array(ranks, np.int64), interval, found)
+    return [int(key) for key in found]
 
 
 class Peers(Protocol):

@@ -35,6 +35,9 @@ LOOK = 256
 AHEAD = 1024
 """Elements; processors that fetch by themselves do so within a page only, and too late where memory is far away."""
 
+HITS = 64
+"""Elements whose comparisons make one word of bits."""
+
 LANES = 64
 """Partial sums of a channel of float64."""
 
@@ -69,6 +72,13 @@ if config.DISABLE_JIT:
 
     def _prefetch(address: int) -> None:
         pass
+
+    def _hits(address: int, mask: Any, first: Any, last: Any) -> Any:
+        bits = array_at(address, HITS, np.empty(0, mask.dtype)) & mask
+        return sum(1 << int(i) for i in np.flatnonzero((bits >= first) & (bits < last)))
+
+    def _lowest(hits: Any) -> int:
+        return int(hits & -hits).bit_length() - 1
 
 else:
 
@@ -106,6 +116,36 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.int64), generate
+
+    def _splat(builder: Any, value: Any) -> Any:
+        one = builder.insert_element(
+            ir.Constant(ir.VectorType(value.type, HITS), ir.Undefined), value, ir.IntType(32)(0)
+        )
+        return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), HITS), [0] * HITS))
+
+    @intrinsic
+    def _hits(typing_context: Any, address: types.Type, mask: types.Type, first: types.Type, last: types.Type) -> Any:
+        """Bit ``i`` says whether the magnitude of element ``i`` from ``address`` on is in ``[first, last)``."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place, mask, first, last = arguments
+            vector = ir.VectorType(mask.type, HITS)
+            elements = builder.load(builder.inttoptr(place, vector.as_pointer()), align=1)
+            bits = builder.and_(elements, _splat(builder, mask))
+            from_first = builder.icmp_signed(">=", bits, _splat(builder, first))
+            below_last = builder.icmp_signed("<", bits, _splat(builder, last))
+            return builder.bitcast(builder.and_(from_first, below_last), ir.IntType(HITS))
+
+        return types.uint64(types.int64, mask, mask, mask), generate
+
+    @intrinsic
+    def _lowest(typing_context: Any, hits: types.Type) -> Any:
+        """Number of the lowest bit that is set."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+        return types.uint64(types.uint64), generate
 
     @intrinsic
     def _end_of_stream(typing_context: Any) -> Any:
@@ -281,22 +321,20 @@ def _count_block(block, mask, first, last):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _gather_block(block, mask, first, last, flags, words, found):  # type: ignore[no-untyped-def]
-    """Write the magnitudes that are in ``[first, last)`` to ``found``, which has one place to spare."""
-    hits = flags.view(np.uint8)
-    for i in range(block.size):
+def _gather_block(block, mask, first, last, found, held):  # type: ignore[no-untyped-def]
+    """Append the magnitudes that are in ``[first, last)`` to the ``held`` first of ``found``; how many it holds now."""
+    place, whole, size = block.ctypes.data, block.size // HITS * HITS, np.uint64(block.size)
+    for start in range(0, whole, HITS):
+        hits = np.uint64(_hits(place + start * block.itemsize, mask, first, last))
+        while hits != 0:
+            found[held] = block[np.uint64(start) + _lowest(hits)] & mask
+            held += np.uint64(1)  # unsigned, so that no index is tested for being negative
+            hits &= hits - np.uint64(1)
+    for i in range(np.uint64(whole), size):
         bits = block.dtype.type(block[i] & mask)
-        hits[i] = np.uint8((bits >= first) & (bits < last))
-    marked, taken = np.uint64(0), np.uint64(0)  # unsigned, so that no index is tested for being negative
-    for word in range((block.size + 7) // 8):  # eight elements at once, and no branch to mispredict
-        words[marked] = word
-        marked += np.uint64(flags[word] != 0)
-    for j in range(marked):
-        eight = block[8 * words[j] : min(8 * words[j] + 8, block.size)]
-        for i in range(eight.size):
-            bits = block.dtype.type(eight[i] & mask)
-            found[taken] = bits
-            taken += np.uint64((bits >= first) & (bits < last))
+        found[held] = bits
+        held += np.uint64((bits >= first) & (bits < last))
+    return held
 
 
 @_jit
@@ -318,9 +356,8 @@ def count(chunks, scales, memory_format, magnitude_mask, interval, buffer, bins)
         buffer: all of those inside, unless it was too small.
     """
     low, high, shift = interval[0], interval[1], interval[2]
-    keys, narrow = np.empty(LOOK, interval.dtype), np.empty(LOOK, np.float32)
-    found = np.empty(LOOK + 1, magnitude_mask.dtype)
-    flags, words = np.empty(LOOK // 8, np.uint64), np.empty(LOOK // 8 + 1, np.intp)
+    keys, narrow = np.empty(2 * LOOK, interval.dtype), np.empty(2 * LOOK, np.float32)
+    found = np.empty(2 * LOOK + 1, magnitude_mask.dtype)
     mask = magnitude_mask[0]  # unknown to LLVM: it would compare unsigned if it knew, which takes more instructions
     below, inside, taken, largest = 0, 0, 0, interval.dtype.type(0)
     known, first, last = 0.0, mask, mask
@@ -331,7 +368,7 @@ def count(chunks, scales, memory_format, magnitude_mask, interval, buffer, bins)
             known = scale
             first = _first_bits(low, memory_format, scale, found, narrow, keys)
             last = _first_bits(high, memory_format, scale, found, narrow, keys)
-        chunk_largest = magnitude_mask.dtype.type(0)
+        chunk_largest, held = magnitude_mask.dtype.type(0), np.uint64(0)
         for start in range(0, source.size, LOOK):
             block = source[start : start + LOOK]
             _fetch(source, start + AHEAD, LOOK)
@@ -339,17 +376,18 @@ def count(chunks, scales, memory_format, magnitude_mask, interval, buffer, bins)
             below += block_below
             chunk_largest = max(chunk_largest, block_largest)
             if block_inside > 0:
-                wanted = bins.size > 0 or (taken == inside and taken + block_inside <= buffer.size)
                 inside += block_inside
-                if wanted:
-                    _gather_block(block, mask, first, last, flags, words, found)
-                    _load_keys(found[:block_inside], memory_format, scale, narrow, keys[:block_inside])
-                    if bins.size > 0:
-                        for i in range(block_inside):
-                            bins[np.intp((keys[i] - low) >> shift)] += 1
-                    else:
-                        buffer[taken : taken + block_inside] = keys[:block_inside]
-                        taken += block_inside
+                if bins.size > 0 or inside <= buffer.size:
+                    held = _gather_block(block, mask, first, last, found, held)
+            if held > LOOK or (held > 0 and start + LOOK >= source.size):  # few, but long, calls
+                size, held = np.intp(held), np.uint64(0)
+                if bins.size > 0:
+                    _load_keys(found[:size], memory_format, scale, narrow, keys[:size])
+                    for i in range(size):
+                        bins[np.intp((keys[i] - low) >> shift)] += 1
+                else:
+                    _load_keys(found[:size], memory_format, scale, narrow, buffer[taken : taken + size])
+                    taken += size
         largest = max(largest, _key(chunk_largest, memory_format, scale, found, narrow, keys))
     return below, inside, largest, taken
 
@@ -373,48 +411,64 @@ def successor(chunks, scales, memory_format, magnitude_mask, key):  # type: igno
 
 
 @_inline
-def _count_below(keys, key):  # type: ignore[no-untyped-def]
-    unsigned = keys.dtype.type
-    below = unsigned(0)
+def _count_below(keys, first, second, third):  # type: ignore[no-untyped-def]
+    signed = keys.dtype.type
+    below_first, below_second, below_third = signed(0), signed(0), signed(0)
     for i in range(keys.size):
-        below = unsigned(below + unsigned(keys[i] < key))
-    return np.intp(below)
+        below_first = signed(below_first + signed(keys[i] < first))
+        below_second = signed(below_second + signed(keys[i] < second))
+        below_third = signed(below_third + signed(keys[i] < third))
+    return np.intp(below_first), np.intp(below_second), np.intp(below_third)
 
 
 @_part
 def _of_rank(keys, rank, low, high):  # type: ignore[no-untyped-def]
-    """Key number ``rank`` in order, of keys that are all in ``[low, high)``; bisection, so that loops stay SIMD."""
-    low, high = np.uint64(low), np.uint64(high)
-    while high - low > np.uint64(1):
-        middle = low + ((high - low) >> np.uint64(1))
-        if _count_below(keys, keys.dtype.type(middle)) <= rank:
-            low = middle
+    """Key number ``rank`` in order, of keys in ``[low, high)``, of which a quarter is left each time."""
+    signed, low, high = keys.dtype.type, np.int64(low), np.int64(high)
+    while high - low > 1:
+        second = low + ((high - low) >> 1)
+        first, third = low + ((second - low) >> 1), second + ((high - second) >> 1)
+        below_first, below_second, below_third = _count_below(keys, signed(first), signed(second), signed(third))
+        if rank < below_second:
+            low, high = (low, first) if rank < below_first else (first, second)
         else:
-            high = middle
-    return keys.dtype.type(low)
+            low, high = (second, third) if rank < below_third else (third, high)
+    return signed(low)
+
+
+@_part
+def _following(keys, key, rank):  # type: ignore[no-untyped-def]
+    """Key number ``rank + 1`` in order, where ``key`` is number ``rank``."""
+    up_to, _, _ = _count_below(keys, key + keys.dtype.type(1), key, key)
+    all_bits = keys.dtype.type(~(np.int64(-1) << (8 * keys.itemsize - 1)))
+    return key if up_to > rank + 1 else _smallest(keys, all_bits, key + keys.dtype.type(1))
+
+
+@_part
+def _of_ranks(keys, ranks, low, high, found):  # type: ignore[no-untyped-def]
+    for j in range(ranks.size):
+        if j > 0 and ranks[j] == ranks[j - 1]:
+            found[j] = found[j - 1]
+        elif j > 0 and ranks[j] == ranks[j - 1] + 1:
+            found[j] = _following(keys, found[j - 1], ranks[j - 1])
+        else:
+            found[j] = _of_rank(keys, ranks[j], found[j - 1] if j > 0 else low, high)
 
 
 @_jit
-def pick(keys, rank, few, interval, picked):  # type: ignore[no-untyped-def]
-    """Write the keys of rank ``rank - few``, ``rank``, ``rank + 1`` and ``rank + few`` to ``picked``.
+def of_ranks(keys, ranks, interval, found):  # type: ignore[no-untyped-def]
+    """Write the keys of some ranks to ``found``.
 
     Args:
-        keys: at least one, in any order; read only.
-        rank: number of a key in order, from 0.
-        few: how far the first and the last are away; what lies beyond an end is the key at that end.
+        keys: unsigned, the key of infinity at most, in any order; read only.
+        ranks: int64, ascending: numbers of keys in order, from 0.
         interval: in the type of the keys; all of them are in ``[interval[0], interval[1])``.
-        picked: 4 keys.
-
-    Returns:
-        Whether there is a key of rank ``rank + 1``; if not, the third is that of ``rank``.
+        found: a key for each rank.
     """
-    low, high, end = interval[0], interval[1], keys.size - 1
-    key = _of_rank(keys, rank, low, high)
-    picked[0] = _of_rank(keys, max(rank - few, 0), low, np.uint64(key) + np.uint64(1))
-    picked[1] = key
-    picked[2] = _of_rank(keys, min(rank + 1, end), key, high)
-    picked[3] = _of_rank(keys, min(rank + few, end), picked[2], high)
-    return rank < end
+    if keys.itemsize == 4:  # signed, like the weights' own bits: a comparison takes one instruction less
+        _of_ranks(keys.view(np.int32), ranks, interval[0], interval[1], found.view(np.int32))
+    else:
+        _of_ranks(keys.view(np.int64), ranks, interval[0], interval[1], found.view(np.int64))
 
 
 @_jit
@@ -446,10 +500,15 @@ def search(chunks, scales, memory_format, magnitude_mask, interval, rank, few, b
         of all keys: from the key of infinity on, a weight is NaN or infinite, and nothing is settled.
     """
     infinity = _key_infinity(interval)
-    bins = np.empty(0, np.int64)
+    bins, ranks = np.empty(0, np.int64), np.empty(4, np.int64)
     below, inside, largest, taken = count(chunks, scales, memory_format, magnitude_mask, interval, buffer, bins)
     settled = largest < infinity and taken == inside and below <= rank < below + inside
-    if settled and not pick(buffer[:taken], rank - below, few, interval, picked):
+    if settled:
+        index, end = rank - below, taken - 1
+        ranks[0], ranks[1] = max(index - few, 0), index
+        ranks[2], ranks[3] = min(index + 1, end), min(index + few, end)
+        of_ranks(buffer[:taken], ranks, interval, picked)
+    if settled and rank - below == taken - 1:
         bounds = np.empty(2, interval.dtype)
         bounds[0], bounds[1] = picked[1] + interval.dtype.type(1), infinity
         picked[2] = successor(chunks, scales, memory_format, magnitude_mask, bounds)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from st3core import reference
 from st3core._validation import as_sparsity, as_weights
-from st3core.counting import ArrayCounter
+from st3core.counting import ArrayCounter, keys_of_ranks
 from st3core.method import Method, get_method
 from st3core.spool import spool
 
@@ -30,9 +30,6 @@ _SAMPLE_MARGIN = 2.5
 
 _FEW, _FEW_SHARE = 32, 1 << 15
 """A forecast aims at this many keys on either side, or at this share of all."""
-
-_SORTED = 512
-"""Keys that are sorted sooner than partitioned."""
 
 
 class Limits(NamedTuple):
@@ -287,11 +284,7 @@ def _pick(counter: Counter, keys: np.ndarray, index: int, forecast: Forecast | N
     """Keys number ``index`` and ``index + 1`` in order; ``keys`` is an interval's worth of them."""
     few, end = _few(counter, limits) if forecast else 0, len(keys) - 1
     around = [max(index - few, 0), index, min(index + 1, end), min(index + few, end)]
-    if len(keys) <= _SORTED:
-        keys.sort()
-    else:
-        keys.partition(around)
-    found = [int(keys[i]) for i in around]
+    found = keys_of_ranks(keys, around)
     if index == end:
         found[2] = counter.successor(found[1])
     return _learned(counter, found, forecast)
@@ -318,10 +311,9 @@ def _guess(counter: Counter, rank: int, limits: Limits = ALONE) -> tuple[int, in
     margin = _SAMPLE_MARGIN * np.sqrt(len(keys) * share * (1 - share)) + 2
     left, right = int(share * len(keys) - margin), int(share * len(keys) + margin) + 1
     inner = [index for index in (left, right) if 0 <= index < len(keys)]
-    if inner:
-        keys.partition(inner)
-    first = int(keys[left]) if left >= 0 else 0
-    last = min(int(keys[right]) + 1, counter.infinity) if right < len(keys) else counter.infinity
+    found = keys_of_ranks(keys, inner) if inner else []
+    first = found[0] if left >= 0 else 0
+    last = min(found[-1] + 1, counter.infinity) if right < len(keys) else counter.infinity
     return first, last, int((right - left) / max(len(keys), 1) * counter.size)
 
 

@@ -108,3 +108,24 @@ def test_bins_begin_within_the_interval_and_hold_all_of_it(pair, shift, one, oth
     below, bins = counter.histogram(low, high, shift)
     assert (len(bins) - 1) << shift < high - low <= len(bins) << shift
     assert (below, int(bins.sum())) == counter.gather(low, high, 0)[:2]
+
+
+@given(st.integers(1, 1200), st.integers(1, 1200), st.integers(0, 2), st.data())
+def test_keys_of_ranks_are_those_in_order(size, distinct, power, data):
+    for dtype in (np.uint32, np.int64):  # as counters of single precision and of several processes give them
+        keys = (np.arange(size) * 7919 % distinct).astype(dtype) << dtype(8 * power)
+        ranks = sorted(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4)))
+        ranks += [min(ranks[-1] + 1, size - 1)]
+        expected = np.sort(keys)[ranks].tolist()
+        assert counting.keys_of_ranks(keys, ranks) == expected
+
+
+@given(st.lists(st.integers(-9, 9), max_size=300), st.integers(0, 9), st.integers(0, 10))
+def test_keys_inside_an_interval_are_gathered_at_every_place(numbers, low, high):
+    weight = np.array(numbers, np.float32)
+    counter = counting.ArrayCounter(
+        [np.full(1, 99, np.float32), weight], [1.0, 1.0], ["", ""]
+    )  # within a line of memory
+    _, inside, keys = counter.gather(counter.key(low), counter.key(max(low, high)), counter.size)
+    expected = sorted(abs(number) for number in numbers if low <= abs(number) < high)
+    assert (inside, sorted(counter.magnitude(key) for key in keys)) == (len(expected), expected)
