@@ -68,6 +68,12 @@ def grids(figures: dict[str, Any]) -> list[Grid]:
     ]
 
 
+def sort_at_floor(figures: dict[str, Any]) -> float:
+    """How many times one read and one copy go into the way by sorting."""
+    ratio: float = figures["alternatives"][SORT_STEP]["median"] * figures["rows"][STEP]["median"]
+    return ratio
+
+
 def _grid(title: str, unit: str, rows: dict[str, dict[str, float]], names: Any) -> Grid:
     cells = ((n, number(rows[n]["median"]), spread(rows[n]), number(rows[n]["milliseconds"])) for n in names)
     return Grid(title, ("", f"in {unit}", "quartiles", "ms on this machine"), tuple(cells))
