@@ -102,7 +102,7 @@ def expected(case: Case) -> bytes:
     if case.function == "find_thresholds":
         return reference.find_thresholds([weight, weight[:1]], SPARSITY, method.score).tobytes()
     if case.function == "sparsify":
-        parts = {"operator": method.operator, "rescale": method.rescale}
+        parts: dict[str, Any] = {"operator": method.operator, "rescale": method.rescale}
         return reference.sparsify(weight, THRESHOLD, channel_axes=(SHAPES[case.shape],), **parts).tobytes()
     return reference.backward(weight, weight, THRESHOLD, rule=method.backward).tobytes()
 

@@ -1,7 +1,7 @@
 """Sparse training with straight-through gradients and soft-thresholding (ST-3, arXiv 2212.01076)."""
 
 from st3core.method import Method, get_method
-from st3core.operators import backward, sparsify
+from st3core.operators import backward, least_squares_scale, sparsify
 from st3core.schedule import PolynomialSchedule
 from st3core.search import find_thresholds
 
@@ -12,6 +12,7 @@ __all__ = [
     "backward",
     "find_thresholds",
     "get_method",
+    "least_squares_scale",
     "sparsify",
 ]
 

@@ -1,13 +1,29 @@
 """What the saved states of all adapters have in common; every entry is checked before anything changes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from st3core.method import Method
 from st3core.schedule import PolynomialSchedule
 
 MEMBER = "Sparsifier.load_state_dict"
 
 _FIELDS = ("target_sparsity", "begin_step", "end_step", "power", "update_frequency", "initial_sparsity")
+
+
+_SINCE = {"scope": "global", "power": 3.0, "theta": None, "decay": 2e-4, "group": [2, 4]}
+"""Parts of a method that older states lack, and what they did."""
+
+
+def method_state(method: Method) -> dict[str, Any]:
+    """Parts of a method as plain numbers, names and lists."""
+    return {**asdict(method), "group": list(method.group)}
+
+
+def method_of(state: Mapping[str, Any]) -> Method:
+    """The method with these parts; those of an older state, too."""
+    return Method(**{**state, "group": tuple(state.get("group", _SINCE["group"]))})
 
 
 def schedule_state(schedule: PolynomialSchedule) -> dict[str, float]:
@@ -29,11 +45,12 @@ def check_settings(own: Mapping[str, Any], state: Any, dictionaries: Sequence[st
     for part in dictionaries:
         if not isinstance(state[part], Mapping):
             raise ValueError(f"{MEMBER}: state must have a dictionary in {part!r}, got {state[part]!r}")
+    saved = {"method": {**_SINCE, **state["method"]}, "schedule": state["schedule"]}
     differing = [
-        f"{part}.{field}={state[part].get(field)!r}, but this Sparsifier has {value!r}"
+        f"{part}.{field}={saved[part].get(field)!r}, but this Sparsifier has {value!r}"
         for part in ("method", "schedule")
         for field, value in own[part].items()
-        if (part, field) != ("method", "name") and state[part].get(field) != value
+        if (part, field) != ("method", "name") and saved[part].get(field) != value
     ]
     if differing:
         raise ValueError(f"{MEMBER}: state has {'; '.join(differing)}")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from st3core.memory import MEMORY_FORMATS
+from st3core.reference import default_input_axis
 
 
 def as_number(value: Any, function: str, argument: str) -> float:
@@ -70,6 +71,32 @@ def as_channel_axes(value: int | Sequence[int], ndim: int, function: str) -> tup
     if len(axes) != len(given):
         raise ValueError(f"{function}: channel_axis must not repeat an axis, got {value!r}")
     return tuple(sorted(axes)) if ndim else ()
+
+
+def as_input_axis(value: int | None, channel_axes: tuple[int, ...], ndim: int, function: str) -> int:
+    """A non-negative axis for groups to run along; None is the one that goes with the channel axes."""
+    if value is None:
+        return default_input_axis(ndim, channel_axes)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{function}: input_axis must be an integer or None, got {value!r}")
+    if not -max(ndim, 1) <= value < max(ndim, 1):
+        raise ValueError(
+            f"{function}: input_axis must be in [{-max(ndim, 1)}, {max(ndim, 1)}) "
+            f"for a weight of {ndim} dimensions, got {value!r}"
+        )
+    return int(value) % max(ndim, 1)
+
+
+def as_scale(value: Any, rescale: str, function: str) -> float | None:
+    """``value`` as a finite factor above 0, or None."""
+    if value is None:
+        return None
+    if rescale != "least_squares":
+        raise ValueError(f"{function}: scale must be None for a method with rescale {rescale!r}, got {value!r}")
+    number = as_number(value, function, "scale")
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{function}: scale must be finite and above 0, got {number}")
+    return number
 
 
 def describe_non_finite(array: np.ndarray, function: str, argument: str) -> str:

@@ -20,6 +20,9 @@ RESCALE_EPSILON = 1e-6
 RESCALE_NUMERATOR = 1.01
 RESCALE_OFFSET = 0.01
 
+Threshold = float | FloatArray
+"""Of the tensor, or of each weight's group, in the weight's dtype."""
+
 SUM_SCALE = 2.0**-64
 """Exact factor of magnitudes that are summed, or the largest float64 weights would overflow the sum."""
 
@@ -81,10 +84,26 @@ def tensor_threshold(dtype: np.dtype[Any], unit: float, e1: float, e2: float, va
     return threshold
 
 
-def find_thresholds(weights: Sequence[FloatArray], sparsity: float, score: str) -> NDArray[np.float64]:
-    """Per-tensor thresholds of one global sparsity (equation 2); zeros for ``sparsity == 0``."""
+def find_thresholds(
+    weights: Sequence[FloatArray],
+    sparsity: float,
+    score: str,
+    *,
+    scope: str = "global",
+    group: tuple[int, int] = (2, 4),
+    input_axes: Sequence[int] = (),
+) -> NDArray[np.float64]:
+    """Threshold of every tensor (equation 2); zeros for ``sparsity == 0``.
+
+    By scope: the quantile of all tensors, of each by itself, or the largest threshold of a tensor's groups (3e).
+    """
     if sparsity == 0:
         return np.zeros(len(weights))
+    if scope == "n:m":
+        limits = [group_thresholds(w, group, axis) for w, axis in zip(weights, input_axes, strict=True)]
+        return np.array([float(own.astype(np.float64).max(initial=0)) for own in limits])
+    if scope == "layer" and len(weights) > 1:
+        return np.array([float(find_thresholds([w], sparsity, score)[0]) if w.size else 0.0 for w in weights])
     units = [sigma(w.shape, score) for w in weights]
     magnitudes = [magnitude(w, u).ravel().astype(np.float64) for w, u in zip(weights, units, strict=True)]
     e1, e2, value = quantile(np.concatenate(magnitudes), sparsity)
@@ -92,25 +111,63 @@ def find_thresholds(weights: Sequence[FloatArray], sparsity: float, score: str) 
     return np.array(thresholds)
 
 
-def kept(weight: FloatArray, threshold: float) -> NDArray[np.bool_]:
+def kept(weight: FloatArray, threshold: Threshold) -> NDArray[np.bool_]:
     """Where a weight is kept: ``|w| > lambda``, strictly (equation 3a)."""
-    limit = weight.dtype.type(threshold)
-    result: NDArray[np.bool_] = np.abs(weight) > limit
+    result: NDArray[np.bool_] = np.abs(weight) > rounded(threshold, weight.dtype)
     return result
 
 
-def soft_threshold(weight: FloatArray, threshold: float) -> FloatArray:
+def rounded(threshold: Threshold, dtype: np.dtype[Any]) -> Any:
+    """The threshold in the weight's dtype; those of groups have it already."""
+    return threshold if isinstance(threshold, np.ndarray) else dtype.type(threshold)
+
+
+def soft_threshold(weight: FloatArray, threshold: Threshold) -> FloatArray:
     """``T(w) = w - clip(w, -lambda, lambda)`` (equation 3b), in the compute dtype."""
     compute = compute_dtype(weight.dtype)
-    values, limit = weight.astype(compute), weight.dtype.type(threshold).astype(compute)
+    values, limit = weight.astype(compute), rounded(threshold, weight.dtype).astype(compute)
     result: FloatArray = values - np.clip(values, -limit, limit)
     return result
 
 
-def hard_threshold(weight: FloatArray, threshold: float) -> FloatArray:
+def hard_threshold(weight: FloatArray, threshold: Threshold) -> FloatArray:
     """``w`` where it is kept, else zero (equation 3c), in the compute dtype."""
     compute = compute_dtype(weight.dtype)
     result: FloatArray = np.where(kept(weight, threshold), weight.astype(compute), compute.type(0))
+    return result
+
+
+@np.errstate(all="ignore")  # the logarithm of 0 is -inf, as it should be; what is not kept may be anything
+def power_threshold(weight: FloatArray, threshold: Threshold, power: float) -> FloatArray:
+    """``sign(w) (|w|^p - lambda^p)^(1/p)`` where kept, else zero (equation 3d), formed in float64."""
+    magnitudes = np.abs(weight.astype(np.float64))
+    excess = magnitudes - rounded(threshold, weight.dtype).astype(np.float64)
+    share = -np.expm1(power * np.log1p(-excess / magnitudes))  # 1 - (lambda / |w|)^p
+    left = np.maximum(magnitudes * share ** (1 / power), excess)  # at least what the soft threshold leaves
+    found = np.where(kept(weight, threshold), np.copysign(left, weight.astype(np.float64)), 0.0)
+    result: FloatArray = found.astype(compute_dtype(weight.dtype))
+    return result
+
+
+def default_input_axis(ndim: int, channel_axes: tuple[int, ...]) -> int:
+    """Axis that groups run along (equation 3e): the nearest ahead of the output channels, or else behind them."""
+    others = [axis for axis in range(ndim) if axis not in channel_axes]
+    if ndim < 2 or not others:
+        return max(ndim - 1, 0)
+    ahead = [axis for axis in others if axis < max(channel_axes)]
+    return ahead[-1] if ahead else others[0]
+
+
+def group_thresholds(weight: FloatArray, group: tuple[int, int], input_axis: int) -> FloatArray:
+    """Threshold of each weight's group (equation 3e): of ``g`` magnitudes the one of rank ``g - N - 1``, or 0."""
+    lines = np.moveaxis(np.abs(np.atleast_1d(weight)), input_axis, -1)
+    limits = np.zeros_like(lines)
+    for start in range(0, lines.shape[-1], group[1]):
+        members = np.sort(lines[..., start : start + group[1]], axis=-1)
+        zeros = members.shape[-1] - group[0]
+        if zeros > 0:
+            limits[..., start : start + group[1]] = members[..., zeros - 1 : zeros]
+    result: FloatArray = np.moveaxis(limits, -1, input_axis).reshape(weight.shape)
     return result
 
 
@@ -125,7 +182,7 @@ def channel_mean(magnitudes: FloatArray, channel_axes: tuple[int, ...]) -> NDArr
     return np.array(means).reshape(kept_shape)
 
 
-def channel_scale(weight: FloatArray, threshold: float, channel_axes: tuple[int, ...]) -> NDArray[np.float64]:
+def channel_scale(weight: FloatArray, threshold: Threshold, channel_axes: tuple[int, ...]) -> NDArray[np.float64]:
     """Scale of every output channel (equation 4), float64, with length 1 for the axes summed over."""
     magnitudes = np.abs(weight.astype(np.float64))
     remaining = np.where(kept(weight, threshold), magnitudes, 0.0)
@@ -135,21 +192,90 @@ def channel_scale(weight: FloatArray, threshold: float, channel_axes: tuple[int,
     return result
 
 
+def least_squares_scale(weight: FloatArray, thresholded: FloatArray) -> float:
+    """``<w, T(w)> / <T(w), T(w)>`` (equation 4b), in float64; 1 where nothing is kept."""
+    largest = float(np.abs(weight).astype(np.float64).max(initial=0))
+    if not thresholded.any():
+        return 1.0
+    raw, left = (values.astype(np.float64).ravel() / largest for values in (weight, thresholded))
+    return math.fsum(raw * left) / math.fsum(left * left)
+
+
 def sparsify(
-    weight: FloatArray, threshold: float, *, operator: str, rescale: str, channel_axes: tuple[int, ...]
+    weight: FloatArray,
+    threshold: float,
+    *,
+    operator: str,
+    rescale: str,
+    channel_axes: tuple[int, ...],
+    power: float = 3.0,
+    group: tuple[int, int] | None = None,
+    input_axis: int = 0,
+    scale: float | None = None,
 ) -> FloatArray:
-    """Forward weight ``w_hat = alpha * T(w)`` (equation 5); the identity where the threshold is 0."""
+    """Forward weight ``w_hat = alpha * T(w)`` (equation 5); the identity where the threshold is 0.
+
+    With a ``group`` its thresholds take the place of the tensor's. ``scale`` is that of an earlier weight.
+    """
     if weight.size == 0 or weight.dtype.type(threshold) == 0:
         return weight.copy()
     compute = compute_dtype(weight.dtype)
-    thresholded = {"soft": soft_threshold, "hard": hard_threshold}[operator](weight, threshold)
+    limit = threshold if group is None else group_thresholds(weight, group, input_axis)
+    thresholded = apply_operator(weight, limit, operator, power)
     if rescale == "channel":
-        thresholded = channel_scale(weight, threshold, channel_axes).astype(compute) * thresholded
+        thresholded = channel_scale(weight, limit, channel_axes).astype(compute) * thresholded
+    if rescale == "least_squares":
+        factor = least_squares_scale(weight, thresholded) if scale is None else scale
+        thresholded = compute.type(factor) * thresholded
     return thresholded.astype(weight.dtype)
 
 
-def backward(grad: FloatArray, weight: FloatArray, threshold: float, *, rule: str) -> FloatArray:
-    """Gradient of the raw weight from that of the forward weight (equation 6); nothing is masked without threshold."""
+def apply_operator(weight: FloatArray, threshold: Threshold, operator: str, power: float) -> FloatArray:
+    """``T(w)`` by one of the operators (equations 3b to 3d), in the compute dtype."""
+    if operator == "power":
+        return power_threshold(weight, threshold, power)
+    return {"soft": soft_threshold, "hard": hard_threshold}[operator](weight, threshold)
+
+
+def backward(
+    grad: FloatArray,
+    weight: FloatArray,
+    threshold: float,
+    *,
+    rule: str,
+    theta: float = 1.0,
+    decay: float = 0.0,
+    group: tuple[int, int] | None = None,
+    input_axis: int = 0,
+) -> FloatArray:
+    """Gradient of the raw weight from that of the forward weight (equation 6); unchanged without threshold."""
     if rule == "straight_through" or weight.dtype.type(threshold) == 0:
         return grad.copy()
-    return np.where(kept(weight, threshold), grad, grad.dtype.type(0))
+    limit = threshold if group is None else group_thresholds(weight, group, input_axis)
+    return replaced_gradient(grad, weight, limit, rule=rule, theta=theta, decay=decay)
+
+
+def replaced_gradient(
+    grad: FloatArray, weight: FloatArray, threshold: Threshold, *, rule: str, theta: float, decay: float
+) -> FloatArray:
+    """The gradient where a weight is kept, and what the rule puts in its place elsewhere (equations 6 to 6c)."""
+    other: FloatArray = np.zeros_like(grad)
+    if rule == "scaled":
+        other = scaled_gradient(grad, theta)
+    if rule == "decay":
+        other = decayed_gradient(grad, weight, decay)
+    return np.where(kept(weight, threshold), grad, other)
+
+
+def scaled_gradient(grad: FloatArray, theta: float) -> FloatArray:
+    """``theta dL/dw_hat`` (equation 6b), formed in the compute dtype and rounded to that of the gradient."""
+    compute = compute_dtype(grad.dtype)
+    result: FloatArray = compute.type(theta) * grad.astype(compute)
+    return result.astype(grad.dtype)
+
+
+def decayed_gradient(grad: FloatArray, weight: FloatArray, decay: float) -> FloatArray:
+    """``dL/dw_hat + eta w`` (equation 6c), formed in the compute dtype and rounded to that of the gradient."""
+    compute = compute_dtype(grad.dtype)
+    result: FloatArray = grad.astype(compute) + compute.type(decay) * weight.astype(compute)
+    return result.astype(grad.dtype)

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from st3core import reference
-from st3core._validation import as_sparsity, as_weights
+from st3core._validation import as_input_axis, as_sparsity, as_weights
 from st3core.counting import ArrayCounter, keys_of_ranks
 from st3core.method import Method, get_method
+from st3core.operators import group_thresholds
 from st3core.spool import spool
 
 BINS = 1 << 16
@@ -85,7 +86,11 @@ class Counter(Protocol):
 
 
 def find_thresholds(
-    weights: Iterable[np.ndarray], sparsity: float, method: str | Method = "st3"
+    weights: Iterable[np.ndarray],
+    sparsity: float,
+    method: str | Method = "st3",
+    *,
+    input_axis: int | Sequence[int | None] | None = None,
 ) -> NDArray[np.float64]:
     r"""Threshold of every tensor for one global sparsity (spec, equation 2).
 
@@ -96,22 +101,28 @@ def find_thresholds(
     weights are counted where they lie, never sorted, copied or concatenated, and the extra memory is a
     few megabytes for any number of them.
 
+    With the scope ``"layer"`` each tensor has the quantile of its own magnitudes, and one without elements 0. With the
+    scope ``"n:m"`` a tensor has the largest threshold of its groups (equation 3e), whatever the sparsity is above 0.
+
     Args:
         weights: arrays of float16, bfloat16, float32 or float64, of any shapes and strides, memory-mapped
             ones too; never written to. One that has no elements gets a threshold too. A generator of
             arrays needs to hold only one of them at a time: it is read once, into a temporary file as large as
             all of them (see :mod:`tempfile` for where; ``TMPDIR`` chooses another place).
         sparsity: share of zeros :math:`s` in [0, 1).
-        method: name of a preset, or a :class:`~st3core.Method`; its score matters here.
+        method: name of a preset, or a :class:`~st3core.Method`; its score and scope matter here.
+        input_axis: axis along which the scope ``"n:m"`` forms its groups, for all tensors or one for each. None: the
+            one that :func:`~st3core.sparsify` takes where output channels are on axis 0.
 
     Returns:
         float64, shape ``(len(weights),)``: :math:`\lambda_i` in units of ``weights[i]``; zeros for
         ``sparsity == 0``. Rounded to the tensor's dtype it separates the same weights.
 
     Raises:
-        TypeError: ``weights`` does not hold such arrays, or ``sparsity`` is not a number.
+        TypeError: ``weights`` does not hold such arrays, or ``sparsity`` is not a number, or ``input_axis`` is not
+            made of integers.
         ValueError: ``weights`` holds no weight at all, or a NaN or infinite one; ``sparsity`` is
-            outside [0, 1); ``method`` is unknown.
+            outside [0, 1); ``method`` is unknown; ``input_axis`` is out of range.
         OSError: ``weights`` is a generator, and there is no room for the temporary file.
 
     References:
@@ -122,17 +133,48 @@ def find_thresholds(
         array([1.5, 1.5])
     """
     arrays = _as_arrays(weights)
-    return find_named_thresholds(arrays, sparsity, method, [f"weights[{i}]" for i in range(len(arrays))])
+    names = [f"weights[{i}]" for i in range(len(arrays))]
+    return find_named_thresholds(arrays, sparsity, method, names, input_axis)
 
 
 def find_named_thresholds(
-    weights: Sequence[np.ndarray], sparsity: float, method: str | Method, names: Sequence[str]
+    weights: Sequence[np.ndarray],
+    sparsity: float,
+    method: str | Method,
+    names: Sequence[str],
+    input_axis: int | Sequence[int | None] | None = None,
 ) -> NDArray[np.float64]:
     """:func:`find_thresholds` for checked arrays, with the names that messages give them."""
-    share = as_sparsity(sparsity, "find_thresholds")
+    share, chosen = as_sparsity(sparsity, "find_thresholds"), get_method(method)
     dtypes = [w.dtype.newbyteorder("=") for w in weights]
-    units = tensor_units([w.shape for w in weights], dtypes, get_method(method))
-    return count_thresholds(ArrayCounter(weights, units, names), share, units, dtypes)
+    units = tensor_units([w.shape for w in weights], dtypes, chosen)
+    counter = ArrayCounter(weights, units, names)
+    if chosen.scope == "global" or share == 0:
+        return count_thresholds(counter, share, units, dtypes)
+    count_thresholds(counter, 0.0, units, dtypes)  # for its checks of the weights
+    if chosen.scope == "n:m":
+        axes = _as_input_axes(input_axis, [w.ndim for w in weights])
+        pairs = zip(weights, axes, strict=True)
+        return np.array([largest_group_threshold(w, chosen.group, axis) for w, axis in pairs])
+    parts = zip(weights, units, dtypes, names, strict=True)
+    own = (count_thresholds(ArrayCounter([w], [u], [n]), share, [u], [d]) if w.size else [0.0] for w, u, d, n in parts)
+    return np.array([float(found[0]) for found in own])
+
+
+def largest_group_threshold(weight: np.ndarray, group: tuple[int, int], axis: int) -> float:
+    """Largest threshold of a tensor's groups (equation 3e); 0 if it has no weights."""
+    limits = group_thresholds(weight.astype(weight.dtype.newbyteorder("="), copy=False), group, axis)
+    return float(limits.max()) if limits.size else 0.0
+
+
+def _as_input_axes(value: int | Sequence[int | None] | None, ndims: Sequence[int]) -> list[int]:
+    given: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value] * len(ndims)
+    if len(given) != len(ndims):
+        raise ValueError(
+            f"find_thresholds: input_axis must be one axis, or one for each of {len(ndims)} weights, got {value!r}"
+        )
+    pairs = zip(given, ndims, strict=True)
+    return [as_input_axis(axis, (0,)[:ndim], ndim, "find_thresholds") for axis, ndim in pairs]
 
 
 def count_thresholds(

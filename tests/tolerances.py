@@ -12,6 +12,14 @@ RESCALE_ULP_FLOAT64 = 2
 OPERATOR_ULP_FLOAT64 = 4
 """The frameworks' own sums against the reference, in float64; theirs and NumPy's are both off."""
 
+POWER_ULP, POWER_ULP_FLOAT64 = 1, 8
+"""The power operator: logarithm, exponential and power of NumPy are off by up to four units in the last place of
+float64, and not by the same in every memory; for the other dtypes that can only move the last rounding."""
+
+LEAST_SQUARES_ULP, LEAST_SQUARES_ULP_FLOAT64 = 1, 4
+"""One float64 scale for a tensor, whose sums agree to about 1e-16: as for a channel's, with two sums in it that NumPy
+adds in an order of its own, and a weight that is rounded once more."""
+
 GOLDEN_THRESHOLD = 2e-7
 """Relative; the authors compute the quantile in float32, whose unit roundoff is 6e-8."""
 

@@ -29,6 +29,7 @@ class Backend:
     dtypes: tuple[str, ...] = tuple(d for d in DTYPES if BACKEND != "jax" or d != "float64")
     flushes_subnormals = BACKEND != "torch"  # XLA and TensorFlow's thread pool do
     checks_weights = False  # within a compiled step nothing can raise
+    lacks = frozenset({"power", "least_squares", "scaled", "decay", "layer", "n:m"})
 
     def from_numpy(self, array: np.ndarray) -> Any:
         """Tensor with a copy of the memory."""

@@ -13,6 +13,7 @@ from keras import ops
 from st3_keras.backend import DTYPES, compute_dtype, dtype_name, wide
 from st3core._validation import as_channel_axes
 from st3core.method import Method, get_method
+from st3core.operators import require_kernels
 from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET, SUM_SCALE
 
 __all__ = ["backward", "sparsify"]
@@ -49,7 +50,7 @@ def sparsify(
         >>> ops.convert_to_numpy(sparsify(weight, 0.5, "hard_ste")).tolist()
         [[-1.5, 0.0], [0.0, 2.0]]
     """
-    chosen = get_method(method)
+    chosen = require_kernels(get_method(method))
     weight, limit, axes = _checked(weight, threshold, channel_axis, "sparsify")
     constant = ops.stop_gradient(weight)
     # Zero, with minus the gradient that the raw weight shall have. Subtracted, so that -0 stays -0.
@@ -75,7 +76,7 @@ def backward(grad: Any, weight: Any, threshold: Any, method: str | Method = "st3
         TypeError: ``weight`` is not a floating tensor.
         ValueError: ``method`` is unknown.
     """
-    chosen = get_method(method)
+    chosen = require_kernels(get_method(method))
     weight, limit, _ = _checked(weight, threshold, (), "backward")
     return masked(grad, weight, limit) if chosen.backward == "masked" else ops.convert_to_tensor(grad)
 

@@ -20,7 +20,7 @@ from st3_keras.ops import masked
 from st3_keras.plan import Plan
 from st3_keras.regularizer import penalty_gradient
 from st3core import PolynomialSchedule
-from st3core.method import Method
+from st3core._state import method_of
 
 
 @keras.saving.register_keras_serializable("st3_keras")
@@ -52,7 +52,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self.wrapped = inner_optimizer  # not under Keras' usual name, by which callbacks would reach past this one
         self.owned = False  # by a Sparsifier of this process
-        self._plan = Plan(kernels, Method(**method), PolynomialSchedule(**schedule))  # type: ignore[arg-type]
+        self._plan = Plan(kernels, method_of(method), PolynomialSchedule(**schedule))  # type: ignore[arg-type]
         self._plan.frozen = frozen
         self._plan.owner = weakref.ref(self)
         self._remember(None)

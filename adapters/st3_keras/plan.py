@@ -1,7 +1,6 @@
 """Which variables of a model are sparsified and how; and the threshold and the forward weights of a step."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from st3_keras.ops import forward_weight
 from st3_keras.regularizer import RawPenalty
 from st3_keras.search import find_thresholds, ranks
 from st3core import PolynomialSchedule
-from st3core._state import schedule_state
+from st3core._state import method_state, schedule_state
 from st3core.method import Method
 
 
@@ -87,7 +86,7 @@ class Plan:
         parts = zip(self.names, self.indices, self.channel_axes, strict=True)
         return {
             "kernels": [{"name": n, "index": i, "channel_axes": list(axes)} for n, i, axes in parts],
-            "method": asdict(self.method),
+            "method": method_state(self.method),
             "frozen": self.frozen,
             "schedule": schedule_state(self.schedule),
         }

@@ -4,7 +4,6 @@ import gc
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, TypeGuard
 
 import keras
@@ -19,8 +18,9 @@ from st3_keras.optimizer import SparseOptimizer
 from st3_keras.plan import Plan, kernel_config
 from st3_keras.state import check_state
 from st3core import PolynomialSchedule
-from st3core._state import schedule_state
+from st3core._state import method_state, schedule_state
 from st3core.method import Method, get_method
+from st3core.operators import require_kernels
 from st3core.report import LayerReport, Report
 
 _trainers: "weakref.WeakValueDictionary[int, Sparsifier]" = weakref.WeakValueDictionary()
@@ -84,7 +84,7 @@ class Sparsifier(keras.callbacks.Callback):
         if optimizer is not None and not isinstance(optimizer, keras.optimizers.Optimizer):
             raise TypeError(f"Sparsifier: optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
         self.schedule = schedule
-        self.method = get_method(method)
+        self.method = require_kernels(get_method(method))
         self._rules = (include, exclude)
         self._given = optimizer
         self._sparse: SparseOptimizer | None = None
@@ -150,7 +150,7 @@ class Sparsifier(keras.callbacks.Callback):
             self._take_over(optimizer, kernels)
         else:
             config = kernel_config(kernels, model.trainable_variables)
-            made = SparseOptimizer(optimizer, config, asdict(self.method), schedule_state(self.schedule))
+            made = SparseOptimizer(optimizer, config, method_state(self.method), schedule_state(self.schedule))
             if self._sparse is not None:
                 self._check_same_kernels(kernels)
             before, self._sparse = self._sparse, made
@@ -369,7 +369,7 @@ class Sparsifier(keras.callbacks.Callback):
         shapes = [list(kernel.variable.shape) for kernel in self._kernels]
         return {
             "step": self.step_count,
-            "method": asdict(self.method),
+            "method": method_state(self.method),
             "schedule": schedule_state(self.schedule),
             "shapes": dict(zip(sparse.plan.names, shapes, strict=True)),
             **sparse.threshold_state(),

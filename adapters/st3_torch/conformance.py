@@ -23,6 +23,7 @@ class Backend:
     name = "torch"
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     checks_weights = False  # the search does, before any forward pass
+    lacks = frozenset({"power", "least_squares", "scaled", "decay", "layer", "n:m"})
 
     def from_numpy(self, array: np.ndarray) -> torch.Tensor:
         """Tensor of the same memory."""

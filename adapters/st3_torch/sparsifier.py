@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import numpy as np
@@ -35,8 +35,9 @@ from st3_torch.search import Thresholds
 from st3_torch.state import check_state
 from st3_torch.updates import is_completed, trains_any, unwrapped
 from st3core import PolynomialSchedule
-from st3core._state import schedule_state
+from st3core._state import method_state, schedule_state
 from st3core.method import Method, get_method
+from st3core.operators import require_kernels
 from st3core.report import LayerReport, Report
 from st3core.search import Forecast
 
@@ -137,7 +138,7 @@ class Sparsifier:
             )
         fsdp.reject_flat_parameters(model)
         fsdp.reshard(model)
-        self.model, self.schedule, self.method = model, schedule, get_method(method)
+        self.model, self.schedule, self.method = model, schedule, require_kernels(get_method(method))
         kernels, self._skipped = find_kernels(model, include, exclude)
         weights = {name: _weight(sites[0]) for name, sites in kernels.items()}
         fsdp.managed_parameters(model, [site for sites in kernels.values() for site in sites])
@@ -357,7 +358,7 @@ class Sparsifier:
         masks = {kernel.name: kernel.parametrization.mask for kernel in self._kernels}
         return {
             "step": self._step,
-            "method": asdict(self.method),
+            "method": method_state(self.method),
             "schedule": schedule_state(self.schedule),
             "min_density": self.min_density,
             "applied_sparsity": self._applied_sparsity,

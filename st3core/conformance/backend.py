@@ -21,13 +21,15 @@ class Backend(Protocol):
         name: how reports call it.
         dtypes: those that it knows, of ``"float16"``, ``"bfloat16"``, ``"float32"`` and ``"float64"``.
 
-    Two more attributes are optional. They say where a backend differs by its nature, and a report names what was not
+    Three more attributes are optional. They say where a backend differs by its nature, and a report names what was not
     asked for that reason:
 
     - ``flushes_subnormals`` (default ``False``): its arithmetic takes subnormal numbers for zeros. It is asked about
       weights, thresholds and differences that are zero or normal.
     - ``checks_weights`` (default ``True``): ``sparsify`` raises a ValueError for NaN and infinity. A backend whose
       operator runs where nothing can raise, within a compiled step, may leave that to the search.
+    - ``lacks`` (default none): choices of a Method's parts that it does not know, such as ``"power"`` or ``"n:m"``. It
+      is asked about methods without them.
     """
 
     name: str

@@ -142,7 +142,11 @@ class Search:
 
     def expected(self) -> NDArray[np.float64]:
         """The reference's answer."""
-        return reference.find_thresholds([w.values for w in self.weights], self.sparsity, self.chosen.score)
+        weights, method = [w.values for w in self.weights], self.chosen
+        axes = [reference.default_input_axis(w.ndim, (0,)[: w.ndim]) for w in weights]
+        return reference.find_thresholds(
+            weights, self.sparsity, method.score, scope=method.scope, group=method.group, input_axes=axes
+        )
 
     def magnitudes(self) -> NDArray[np.float64]:
         """Magnitudes of all weights in order, formed without the reference (equation 1)."""
@@ -201,13 +205,39 @@ class Operation:
     def expected(self) -> np.ndarray:
         """The reference's answer."""
         weight, method = self.weight.values, self.chosen
-        if self.cotangent is not None:
-            return reference.backward(self.cotangent.values, weight, self.threshold, rule=method.backward)
-        axes = (self.channel_axis % weight.ndim,) if weight.ndim else ()
+        groups: dict[str, Any] = {"group": self.group, "input_axis": self.input_axis}
         with np.errstate(over="ignore"):  # the scale can take the largest weights to infinity
-            return reference.sparsify(
-                weight, self.threshold, operator=method.operator, rescale=method.rescale, channel_axes=axes
-            )
+            if self.cotangent is not None:
+                numbers = {"theta": 1.0 if method.theta is None else method.theta, "decay": method.decay}
+                given = self.cotangent.values, weight, self.threshold
+                return reference.backward(*given, rule=method.backward, **numbers, **groups)
+            how: dict[str, Any] = {"operator": method.operator, "rescale": method.rescale, "power": method.power}
+            axes = self.channel_axes
+            return reference.sparsify(weight, self.threshold, **how, channel_axes=axes, **groups)
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """The channel axis, not negative; none of a weight without dimensions."""
+        ndim = self.weight.values.ndim
+        return (self.channel_axis % ndim,) if ndim else ()
+
+    @property
+    def input_axis(self) -> int:
+        """Axis that groups run along."""
+        return reference.default_input_axis(self.weight.values.ndim, self.channel_axes)
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """N and M, if groups have thresholds of their own."""
+        return self.chosen.group if self.chosen.scope == "n:m" else None
+
+    @property
+    def limits(self) -> np.ndarray:
+        """What each weight is compared with, in the weight's dtype and shape."""
+        values = self.weight.values
+        if self.group is None or self.limit == 0:
+            return np.full(values.shape, self.limit)
+        return reference.group_thresholds(values, self.group, self.input_axis)
 
     @property
     def arrays(self) -> list[Array]:

@@ -26,6 +26,7 @@ class Property:
         check: raises a :class:`~st3core.conformance.violation.ViolationError` where a case breaks the property.
         fixed: cases that are asked in any case.
         unless: attributes of a backend that excuse it, and the values that do.
+        needs: choice of a Method's part that it is about; a backend that lacks it is excused.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Property:
     check: Check
     fixed: Callable[[Backend], Iterable[Case]] = lambda _: ()
     unless: tuple[str, bool] | None = None
+    needs: str | None = None
 
     @property
     def page(self) -> str:
@@ -43,6 +45,8 @@ class Property:
 
     def excuse(self, backend: Backend) -> str | None:
         """Why this backend is not asked, or None."""
+        if self.needs in getattr(backend, "lacks", ()):
+            return f"that it lacks {self.needs}"
         if self.unless is None:
             return None
         attribute, excusing = self.unless
@@ -56,11 +60,12 @@ def conformance_property(
     *,
     fixed: Callable[[Backend], Iterable[Case]] = lambda _: (),
     unless: tuple[str, bool] | None = None,
+    needs: str | None = None,
 ) -> Callable[[Check], Property]:
     """Make a :class:`Property` of the function that checks it; its docstring is the statement."""
 
     def make(check: Check) -> Property:
         statement = (check.__doc__ or "").strip()
-        return Property(check.__name__, equation, statement, cases, check, fixed, unless)
+        return Property(check.__name__, equation, statement, cases, check, fixed, unless, needs)
 
     return make

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from st3core.conformance.backend import Backend, as_dtype
 from st3core.conformance.cases import LAYOUTS, Array, Operation, Search, bits_dtype
-from st3core.method import METHODS, Backward, Method, Operator, Rescale, Score
+from st3core.method import METHODS, Backward, Method, Operator, Rescale, Scope, Score, get_method
 
 Draw = st.DrawFn
 Shape = tuple[int, ...]
@@ -44,9 +44,16 @@ sparsities = st.one_of(
     st.floats(0, 1, exclude_min=True, exclude_max=True, allow_subnormal=False),
 )
 
+_NUMBERS = ((3.0, None, 2e-4, (2, 4)), (2.0, 0.5, 0.25, (1, 2)), (1.5, 0.3, 0.0, (1, 4)))
+"""Exponents, thetas, decays and groups that take turns in :data:`COMBINATIONS`."""
+
 COMBINATIONS = tuple(
-    Method(f"{operator}, {rescale}, {rule}", operator=operator, rescale=rescale, backward=rule)
-    for operator, rescale, rule in itertools.product(get_args(Operator), get_args(Rescale), get_args(Backward))
+    Method(", ".join(parts), "magnitude", *parts, power=power, theta=theta, decay=decay, group=group)
+    for parts, (power, theta, decay, group) in zip(
+        itertools.product(get_args(Operator), get_args(Rescale), get_args(Backward), get_args(Scope)),
+        itertools.cycle(_NUMBERS + _NUMBERS[::-1] + _NUMBERS[:1]),  # no divisor of the number of choices
+        strict=False,
+    )
 )
 
 
@@ -58,11 +65,27 @@ def methods(accepted: Callable[[Method], bool] = lambda _: True) -> st.SearchStr
 
 
 def with_score(score: str) -> st.SearchStrategy[str | Method]:
-    """Methods that measure magnitudes in this way."""
-    return methods(lambda method: method.score == score)
+    """Methods with one threshold for all tensors, which measure magnitudes in this way."""
+    return methods(lambda method: method.score == score and method.scope == "global")
 
 
-_any_score = st.one_of(*map(with_score, get_args(Score)))
+def with_scope(scope: str) -> st.SearchStrategy[str | Method]:
+    """Methods of this scope."""
+    return methods(lambda method: method.scope == scope)
+
+
+_any_search = st.one_of(*map(with_score, get_args(Score)), *map(with_scope, get_args(Scope)[1:]))
+
+
+def knows(backend: Backend, method: str | Method) -> bool:
+    """Whether the backend has not said that it lacks a part of the method."""
+    chosen = get_method(method)
+    parts = {chosen.operator, chosen.rescale, chosen.backward, chosen.scope}
+    return not parts & set(getattr(backend, "lacks", ()))
+
+
+def _known(backend: Backend, method: st.SearchStrategy[str | Method]) -> st.SearchStrategy[str | Method]:
+    return method.filter(lambda drawn: knows(backend, drawn)) if getattr(backend, "lacks", ()) else method
 
 
 def _limited(array: np.ndarray) -> np.ndarray:
@@ -159,7 +182,7 @@ def searches(
     weights = draw(st.lists(one, min_size=1, max_size=max_tensors))
     if not any(weight.values.size for weight in weights):
         weights = [*weights, Array(np.array([0.5], weights[0].values.dtype))]
-    return Search(tuple(weights), draw(sparsities), draw(_any_score if method is None else method))
+    return Search(tuple(weights), draw(sparsities), draw(_known(backend, _any_search if method is None else method)))
 
 
 TOO_SMALL = 1e-60
@@ -204,7 +227,8 @@ def operations(
         threshold = float(_limited(np.array(threshold)))
     axes = max(weight.values.ndim, 1)
     axis = draw(st.integers(0, axes - 1)) - draw(st.sampled_from([0, axes]))
-    return Operation(weight, threshold, draw(methods() if method is None else method), axis)
+    chosen = draw(_known(backend, methods() if method is None else method))
+    return Operation(weight, threshold, chosen, axis)
 
 
 @st.composite

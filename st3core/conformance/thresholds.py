@@ -11,7 +11,18 @@ from st3core import reference
 from st3core.conformance.backend import Backend, as_dtype
 from st3core.conformance.cases import Array, Case, Operation, Search, Sequence, bits_dtype, shown
 from st3core.conformance.properties import Property, conformance_property
-from st3core.conformance.strategies import any_bits, arrays, distinct, methods, normal, searches, ties, with_score
+from st3core.conformance.strategies import (
+    any_bits,
+    arrays,
+    distinct,
+    knows,
+    methods,
+    normal,
+    searches,
+    ties,
+    with_scope,
+    with_score,
+)
 from st3core.conformance.violation import require, require_kind, require_same_bits
 
 FLOAT64 = np.dtype(np.float64)
@@ -96,6 +107,31 @@ def thresholds_are_global(backend: Backend, case: Search) -> None:
     together = np.concatenate([weight.values.ravel() for weight in case.weights])
     whole = replace(case, weights=(Array(together),)).expected()
     require_same_bits(case, case.call(backend).result, np.repeat(whole, len(case.weights)))
+
+
+@conformance_property("2", lambda backend: searches(backend, method=with_scope("layer")), needs="layer")
+def thresholds_of_layers_are_their_own(backend: Backend, case: Search) -> None:
+    """A threshold for each layer is the global one of that tensor alone, and 0 if it has no weights."""
+    plain = replace(case, method=replace(case.chosen, scope="global"))
+    alone = [replace(plain, weights=(w,)).expected()[0] if w.values.size else 0.0 for w in case.weights]
+    require_same_bits(case, case.call(backend).result, np.array(alone))
+
+
+@conformance_property("3e", lambda backend: searches(backend, method=with_scope("n:m")), needs="n:m")
+def thresholds_of_groups_are_their_largest(backend: Backend, case: Search) -> None:
+    """Where groups have thresholds, a tensor has the largest magnitude that they make zero, or 0."""
+    expected = []
+    for weight in case.weights:
+        lines = np.moveaxis(np.atleast_1d(np.abs(weight.values)), 1 if weight.values.ndim > 1 else 0, -1)
+        zeroed = _smallest_of_groups(lines.astype(np.float64), *case.chosen.group)
+        expected.append(max(zeroed, default=0.0))
+    require_same_bits(case, case.call(backend).result, np.array(expected))
+
+
+def _smallest_of_groups(lines: np.ndarray, kept: int, size: int) -> list[float]:
+    """What a group has beside its ``kept`` largest, for all groups of the lines along the last axis."""
+    parts = [lines[..., start : start + size] for start in range(0, lines.shape[-1], size)]
+    return [m for part in parts for row in part.reshape(-1, part.shape[-1]).tolist() for m in sorted(row)[:-kept]]
 
 
 @conformance_property("2b", searches)
@@ -222,7 +258,8 @@ def thresholds_reject_bad_sparsity(backend: Backend, case: Search) -> None:
 @st.composite
 def _no_weights(draw: st.DrawFn, backend: Backend) -> Search:
     empty = arrays(backend, shapes=((0,), (2, 0)))
-    return Search(tuple(draw(st.lists(empty, max_size=2))), draw(st.sampled_from([0.5, 0.0])), draw(methods()))
+    plain = methods(lambda method: knows(backend, method))
+    return Search(tuple(draw(st.lists(empty, max_size=2))), draw(st.sampled_from([0.5, 0.0])), draw(plain))
 
 
 @conformance_property("2a", _no_weights)
@@ -256,6 +293,8 @@ PROPERTIES: tuple[Property, ...] = (
     thresholds_separate_neighbours,
     thresholds_interpolate,
     thresholds_are_global,
+    thresholds_of_layers_are_their_own,
+    thresholds_of_groups_are_their_largest,
     thresholds_ignore_order,
     thresholds_divide_by_sigma,
     thresholds_of_zero_sparsity,

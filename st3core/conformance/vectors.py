@@ -5,9 +5,11 @@ are made of small integers, powers of two and a linear congruential generator th
 """
 
 import argparse
+import decimal
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,12 @@ SCALE_UNITS = 4
 FORWARD_UNITS = {"float16": 1, "bfloat16": 1, "float32": 1, "float64": SCALE_UNITS}
 """The same for a rescaled weight, in its own dtype; the scale is rounded to float32 for the first three."""
 
+POWER_UNITS = 8
+"""Units in the last place of the compute dtype that a logarithm, an exponential and a root may be off together."""
+
+DECAY_UNITS = 1
+"""The same for a product and a sum that may be one fused operation."""
+
 ABOUT = {
     "numbers": "hexadecimal floating-point strings as of C's %a, exact; also inf, -inf and nan in the input of cases "
     "with an error, and in the gradients of edge not_finite of equation 6",
@@ -55,9 +63,14 @@ FUNCTIONS = {
     "3a": "what is kept",
     "3b": "soft threshold, in the compute dtype",
     "3c": "hard threshold, in the compute dtype",
+    "3d": "power operator, in the compute dtype",
+    "3e": "threshold of every weight's group",
     "4": "scale of every channel, float64, before it is rounded",
+    "4b": "least-squares scale of the soft threshold, float64",
     "5": "sparsify",
     "6": "backward",
+    "6b": "backward, gradients of what is not kept scaled",
+    "6c": "backward, with decay of what is not kept",
     "7": "schedule",
 }
 
@@ -291,6 +304,49 @@ def steps_of_the_operator() -> Iterator[Case]:
             yield Case("3c", edge, name, given, {"weight": reference.hard_threshold(weight, threshold)})
 
 
+def powers() -> Iterator[Case]:
+    """Equation 3d."""
+    for name, dtype in DTYPES.items():
+        for edge, weight, threshold in (*thresholded(dtype), ("empty_tensor", np.empty((0, 3), dtype), 0.5)):
+            for power in (3, 2, 1):
+                given = {"weight": weight, "threshold": threshold, "power": float(power)}
+                between = [reference.soft_threshold(weight, threshold)]
+                found = exact_powers(weight, threshold, power)
+                yield Case("3d", edge, name, given, {"weight": found}, {"weight": POWER_UNITS}, between)
+
+
+def exact_powers(weight: FloatArray, threshold: float, power: int) -> FloatArray:
+    """Equation 3d for an integer power: exact but for one quotient, one root and one rounding of 50 digits each."""
+    limit, values = float(weight.dtype.type(threshold)), np.zeros(weight.shape)
+    with decimal.localcontext(prec=50):
+        for index in np.argwhere(reference.kept(weight, threshold)).tolist():
+            raw = float(weight[tuple(index)])
+            exact = Fraction(abs(raw)) ** power - Fraction(limit) ** power
+            quotient = decimal.Decimal(exact.numerator) / decimal.Decimal(exact.denominator)
+            values[tuple(index)] = math.copysign(float(quotient ** (decimal.Decimal(1) / power)), raw)
+    return values.astype(reference.compute_dtype(weight.dtype))
+
+
+def groups(dtype: np.dtype[Any]) -> Iterator[tuple[str, FloatArray, tuple[int, int], int]]:
+    """Edge case, weight, group and the axis that groups run along, for equation 3e."""
+    for edge, weight in tensors(dtype):
+        yield edge, weight, (2, 4), max(weight.ndim - 1, 0)
+    yield "ordinary", draw(16, dtype, 7).reshape(2, 8), (2, 4), 1
+    yield "ordinary", draw(12, dtype, 8).reshape(2, 6), (1, 3), 1
+    yield "ties", np.array([[0.5, -0.5, 0.5, 0.25], [0.5, -1.0, 0.25, -0.5]]).astype(dtype), (2, 4), 1
+    yield "short_group", draw(14, dtype, 9).reshape(2, 7), (2, 4), 1
+    yield "short_group", draw(12, dtype, 10).reshape(2, 6), (2, 4), 1
+    yield "other_axes", draw(16, dtype, 11).reshape(4, 2, 2), (2, 4), 0
+
+
+def group_limits() -> Iterator[Case]:
+    """Equation 3e."""
+    for name, dtype in DTYPES.items():
+        for edge, weight, group, axis in groups(dtype):
+            given = {"weight": weight, "group": group, "input_axis": axis}
+            yield Case("3e", edge, name, given, {"thresholds": reference.group_thresholds(weight, group, axis)})
+
+
 def axes(dtype: np.dtype[Any]) -> Iterator[tuple[str, FloatArray, float, tuple[int, ...]]]:
     """Edge case, weight, threshold and the axes of its output channels, for equations 4 and 5."""
     for edge, weight, threshold in thresholded(dtype):
@@ -306,6 +362,16 @@ def scales() -> Iterator[Case]:
             given = {"weight": weight, "threshold": threshold, "channel_axes": chosen}
             scale = reference.channel_scale(weight, threshold, chosen).ravel().tolist()
             yield Case("4", edge, name, given, {"scale": scale}, {"scale": SCALE_UNITS})
+
+
+def least_squares() -> Iterator[Case]:
+    """Equation 4b."""
+    for name, dtype in DTYPES.items():
+        for edge, weight, threshold in thresholded(dtype):
+            soft = reference.soft_threshold(weight, threshold)
+            scale = reference.least_squares_scale(weight, soft)
+            given = {"weight": weight, "threshold": threshold}
+            yield Case("4b", edge, name, given, {"scale": scale}, {"scale": SCALE_UNITS}, [soft])
 
 
 def identities(dtype: np.dtype[Any]) -> Iterator[tuple[str, FloatArray, float, tuple[int, ...]]]:
@@ -356,6 +422,20 @@ def _gradients(edge: str, dtype: str, grad: FloatArray, weight: FloatArray, thre
     for rule in ("straight_through", "masked"):
         given = {"grad": grad, "weight": weight, "threshold": threshold, "backward": rule}
         yield Case("6", edge, dtype, given, {"grad": reference.backward(grad, weight, threshold, rule=rule)})
+
+
+def other_gradients() -> Iterator[Case]:
+    """Equations 6b and 6c."""
+    for name, dtype in DTYPES.items():
+        pairs = [(edge, weight, threshold) for edge, weight, threshold, _ in identities(dtype)]
+        for edge, weight, threshold in (*thresholded(dtype), *pairs):
+            numbers = np.arange(1, weight.size + 1) * np.resize([0.5, -0.5, 1.0], weight.size)
+            grad = numbers.reshape(weight.shape).astype(dtype)
+            given = {"grad": grad, "weight": weight, "threshold": threshold}
+            scaled = reference.backward(grad, weight, threshold, rule="scaled", theta=0.3)
+            decayed = reference.backward(grad, weight, threshold, rule="decay", decay=2e-4)
+            yield Case("6b", edge, name, {**given, "theta": 0.3}, {"grad": scaled})
+            yield Case("6c", edge, name, {**given, "decay": 2e-4}, {"grad": decayed}, {"grad": DECAY_UNITS})
 
 
 # --- Equation 7, and what must be rejected ------------------------------------------------------------
@@ -463,9 +543,13 @@ def cases() -> Iterator[Case]:
     yield from quantiles()
     yield from threshold_lists()
     yield from steps_of_the_operator()
+    yield from powers()
+    yield from group_limits()
     yield from scales()
+    yield from least_squares()
     yield from forward_weights()
     yield from gradients()
+    yield from other_gradients()
     yield from schedules()
     yield from rejected_weights()
     yield from rejected_lists()

@@ -1,5 +1,7 @@
 """Backends with one defect each, and the property that each of them ought to violate."""
 
+import dataclasses
+
 import numpy as np
 
 from st3core import get_method, reference
@@ -464,8 +466,8 @@ class GradientNotMasked(Textbook):
 class ZerosMaskedWithoutThreshold(Textbook):
     """Weights of zero are masked although there is no threshold yet."""
 
-    def passes(self, weight, limit):
-        return self.kept(weight, limit)
+    def passes(self, weight, limits, limit):
+        return self.kept(weight, limits)
 
 
 @violates("gradient_passes_what_is_not_finite")
@@ -503,6 +505,133 @@ class MaskOfTheForwardRule(Textbook):
         return super().vjp(weight, threshold, method, channel_axis, cotangent)
 
 
+@violates("gradient_is_scaled")
+class ThetaOfTheKept(Textbook):
+    """The gradient of what is kept scaled too."""
+
+    def vjp(self, weight, threshold, method, channel_axis, cotangent):
+        method = get_method(method)
+        if method.backward == "scaled":
+            return self.scaled(np.asarray(cotangent), cotangent.dtype.type(1 if method.theta is None else method.theta))
+        return super().vjp(weight, threshold, method, channel_axis, cotangent)
+
+
+@violates("gradient_is_scaled")
+class ThetaMissing(Textbook):
+    """A straight-through gradient where it should be scaled."""
+
+    def scaled(self, cotangent, theta):
+        return cotangent
+
+
+@violates("gradient_decays")
+class DecayOfTheGradient(Textbook):
+    """Decay with the sign of an update, not of a gradient."""
+
+    def decayed(self, cotangent, weight, decay):
+        return cotangent - decay * weight
+
+
+@violates("gradient_decays")
+class DecayOfTheForwardWeight(Textbook):
+    """Decay of what the layer uses, which is 0 there."""
+
+    def decayed(self, cotangent, weight, decay):
+        return cotangent
+
+
+# --- Other scopes, operators and scales
+
+
+@violates("thresholds_of_layers_are_their_own")
+class LayersTogether(Textbook):
+    """The scope of layers taken for the global one."""
+
+    def find_thresholds(self, weights, sparsity, method):
+        method = get_method(method)
+        plain = method if method.scope == "n:m" else dataclasses.replace(method, scope="global")
+        return super().find_thresholds(weights, sparsity, plain)
+
+
+@violates("thresholds_of_groups_are_their_largest")
+class SmallestGroupThreshold(Textbook):
+    """The smallest threshold of a tensor's groups."""
+
+    def largest(self, weight, group, axis):
+        return float(self.group_limits(weight, group, axis).astype(np.float64).min()) if weight.size else 0.0
+
+
+@violates("forward_keeps_the_largest_of_each_group")
+class GroupsAlongTheOutput(Textbook):
+    """Groups along the output channels."""
+
+    def limits(self, weight, limit, method, channel_axis):
+        if method.scope != "n:m":
+            return limit
+        return self.group_limits(weight, method.group, channel_axis % max(weight.ndim, 1))
+
+
+@violates("forward_keeps_the_largest_of_each_group")
+class AlwaysTwoOfFour(Textbook):
+    """Groups of 2:4, whatever was asked for."""
+
+    def group_limits(self, weight, group, axis):
+        return super().group_limits(weight, (2, 4), axis)
+
+
+@violates("forward_keeps_the_largest_of_each_group")
+class ShortGroupKept(Textbook):
+    """A last group that is shorter stays as it is."""
+
+    def group_limits(self, weight, group, axis):
+        found = super().group_limits(weight, group, axis).copy()
+        if found.ndim:
+            rest = [slice(None)] * found.ndim
+            rest[axis] = slice(found.shape[axis] // group[1] * group[1], None)
+            found[tuple(rest)] = 0
+        return found
+
+
+@violates("forward_is_the_power_formula")
+class AlwaysCubic(Textbook):
+    """The exponent 3, whatever was asked for."""
+
+    def power(self, exponent):
+        return super().power(3.0)
+
+
+@violates("forward_is_the_power_formula")
+class PowerByItsFormula(Textbook):
+    """The quotient's power subtracted from 1, which leaves nothing but rounding next to the threshold."""
+
+    def power(self, exponent):
+        def operator(values, limit, kept):
+            with np.errstate(all="ignore"):
+                magnitudes = np.abs(values)
+                share = (1 - (limit / magnitudes) ** values.dtype.type(exponent)) ** values.dtype.type(1 / exponent)
+                found = np.copysign(np.maximum(magnitudes * share, magnitudes - limit), values)
+            return np.where(kept, found, values.dtype.type(0))
+
+        return operator
+
+
+@violates("forward_is_nearest_to_the_weight")
+class RatioOfNorms(Textbook):
+    """A factor that restores the norm of the weight."""
+
+    def least_squares(self, weight, thresholded):
+        squares = (thresholded * thresholded).sum()
+        return np.sqrt((weight * weight).sum() / squares) if squares else 1.0
+
+
+@violates("forward_is_nearest_to_the_weight")
+class FactorMissing(Textbook):
+    """No factor at all."""
+
+    def least_squares(self, weight, thresholded):
+        return 1.0
+
+
 # --- What shows only in certain calls
 
 
@@ -514,7 +643,7 @@ class MaskOfTheThreshold(Textbook):
         self.masks = {}
 
     def kept(self, weight, limit):
-        key = weight.__array_interface__["data"][0], weight.shape, float(limit)
+        key = weight.__array_interface__["data"][0], weight.shape, np.asarray(limit).tobytes()
         return self.masks.setdefault(key, super().kept(weight, limit))
 
 
@@ -539,9 +668,9 @@ class StaleGradientMask(Textbook):
     def __init__(self):
         self.masks = {}
 
-    def passes(self, weight, limit):
+    def passes(self, weight, limits, limit):
         key = weight.__array_interface__["data"][0], weight.shape
-        return self.masks.setdefault(key, super().passes(weight, limit))
+        return self.masks.setdefault(key, super().passes(weight, limits, limit))
 
 
 @violates("forward_scale_is_that_of_kept_magnitudes")

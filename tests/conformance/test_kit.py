@@ -1,5 +1,6 @@
 """The kit against backends that are right, and against backends that are wrong in one place each."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from st3core import get_method
 from st3core.conformance import (
     PROPERTIES,
     NumpyBackend,
@@ -133,6 +135,28 @@ def test_what_a_backend_declares_is_not_asked():
         "forward_keeps_subnormals",
         "forward_rejects_what_is_not_finite",
     ]
+
+
+def test_a_backend_is_not_asked_about_what_it_lacks():
+    seen = set()
+
+    class Some(NumpyBackend):
+        lacks = frozenset({"power", "n:m", "decay"})
+
+        def sparsify(self, weight, threshold, method, channel_axis):
+            seen.update(dataclasses.astuple(get_method(method))[2:6])
+            return super().sparsify(weight, threshold, method, channel_axis)
+
+    results = check(Some(), max_examples=60)
+    assert [r.failure for r in results if r.failure] == []
+    assert {r.chosen.name: r.excuse for r in results if r.outcome == "not asked"} == {
+        "thresholds_of_groups_are_their_largest": "that it lacks n:m",
+        "forward_is_the_power_formula": "that it lacks power",
+        "forward_keeps_the_largest_of_each_group": "that it lacks n:m",
+        "gradient_decays": "that it lacks decay",
+    }
+    assert not seen & Some.lacks
+    assert {"soft", "hard", "least_squares", "scaled", "layer"} <= seen
 
 
 def test_a_backend_that_flushes_is_asked_about_normal_numbers():

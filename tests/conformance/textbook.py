@@ -1,5 +1,7 @@
 """A correct backend in plain NumPy, in steps that a broken one can replace one by one."""
 
+import dataclasses
+
 import numpy as np
 
 from st3core import get_method, reference
@@ -14,14 +16,26 @@ class Textbook(NumpyBackend):
     def find_thresholds(self, weights, sparsity, method):
         weights = [np.asarray(w) for w in weights]
         self.check(weights, sparsity)
-        score = get_method(method).score
+        method, score = get_method(method), get_method(method).score
         if sparsity == 0:
             return self.without_sparsity(weights)
+        if method.scope == "layer":
+            return np.array([self.one_layer(w, sparsity, method) for w in weights])
+        if method.scope == "n:m":
+            axes = [self.input_axis(w, 0) for w in weights]
+            return np.array([self.largest(w, method.group, axis) for w, axis in zip(weights, axes, strict=True)])
         units = [self.sigma(w.shape, score) for w in weights]
         parts = [self.magnitude(w, u).astype(np.float64).ravel() for w, u in zip(weights, units, strict=True)]
         e1, e2, value = self.quantile(np.sort(np.concatenate(parts)), sparsity)
         pairs = zip(weights, units, strict=True)
         return np.array([self.tensor_threshold(w.dtype, u, e1, e2, value) for w, u in pairs])
+
+    def one_layer(self, weight, sparsity, method):
+        plain = dataclasses.replace(method, scope="global")
+        return Textbook.find_thresholds(self, [weight], sparsity, plain)[0] if weight.size else 0.0
+
+    def largest(self, weight, group, axis):
+        return float(self.group_limits(weight, group, axis).astype(np.float64).max(initial=0))
 
     def check(self, weights, sparsity):
         if not 0 <= sparsity < 1:
@@ -68,12 +82,41 @@ class Textbook(NumpyBackend):
         if weight.size == 0 or self.is_identity(limit):
             return weight.copy()
         compute = reference.compute_dtype(weight.dtype)
+        limit = self.limits(weight, limit, method, channel_axis)
         values, bound = weight.astype(compute), limit.astype(compute)
         kept = self.kept(weight, limit)
-        result = self.hard(values, bound, kept) if method.operator == "hard" else self.soft(values, bound, kept)
+        operator = {"hard": self.hard, "soft": self.soft, "power": self.power(method.power)}[method.operator]
+        result = operator(values, bound, kept)
         if method.rescale == "channel":
             result = self.scale(values, kept, bound, channel_axis).astype(compute) * result
+        if method.rescale == "least_squares":
+            result = compute.type(self.least_squares(values.astype(np.float64), result.astype(np.float64))) * result
         return self.finished(result, weight)
+
+    def limits(self, weight, limit, method, channel_axis):
+        if method.scope != "n:m":
+            return limit
+        return self.group_limits(weight, method.group, self.input_axis(weight, channel_axis))
+
+    def input_axis(self, weight, channel_axis):
+        if weight.ndim < 2:
+            return 0
+        axis = channel_axis % weight.ndim
+        return axis - 1 if axis else 1
+
+    def group_limits(self, weight, group, axis):
+        return np.asarray(reference.group_thresholds(weight, group, axis))
+
+    def power(self, exponent):
+        def operator(values, limit, kept):
+            return np.where(kept, reference.power_threshold(values, np.broadcast_to(limit, values.shape), exponent), 0)
+
+        return operator
+
+    def least_squares(self, weight, thresholded):
+        largest = np.abs(weight).max(initial=1e-300)
+        raw, left = weight / largest, thresholded / largest
+        return (raw * left).sum() / (left * left).sum() if left.any() else 1.0
 
     def check_forward(self, weight):
         if not np.isfinite(weight).all():
@@ -112,12 +155,28 @@ class Textbook(NumpyBackend):
     def vjp(self, weight, threshold, method, channel_axis, cotangent):
         weight, cotangent, method = np.asarray(weight), np.asarray(cotangent), get_method(method)
         limit = np.float64(threshold).astype(weight.dtype)
+        if method.backward == "straight_through":
+            return self.straight_through(cotangent, weight, limit, channel_axis)
+        limits = self.limits(weight, limit, method, channel_axis) if limit > 0 else limit
+        passes = self.passes(weight, limits, limit)
         if method.backward == "masked":
-            return self.masked(cotangent, self.passes(weight, limit))
-        return self.straight_through(cotangent, weight, limit, channel_axis)
+            return self.masked(cotangent, passes)
+        compute = reference.compute_dtype(weight.dtype)
+        wide, raw = cotangent.astype(compute), weight.astype(compute)
+        if method.backward == "scaled":
+            other = self.scaled(wide, compute.type(1 if method.theta is None else method.theta))
+        else:
+            other = self.decayed(wide, raw, compute.type(method.decay))
+        return np.where(passes, cotangent, other.astype(cotangent.dtype))
 
-    def passes(self, weight, limit):
-        return self.kept(weight, limit) | (limit == 0)
+    def scaled(self, cotangent, theta):
+        return theta * cotangent
+
+    def decayed(self, cotangent, weight, decay):
+        return cotangent + decay * weight
+
+    def passes(self, weight, limits, limit):
+        return self.kept(weight, limits) | (limit == 0)
 
     def masked(self, cotangent, passes):
         return np.where(passes, cotangent, cotangent.dtype.type(0))

@@ -17,6 +17,7 @@ def test_all_names_what_is_public():
         "backward",
         "find_thresholds",
         "get_method",
+        "least_squares_scale",
         "sparsify",
     }
     assert all(hasattr(st3core, name) for name in st3core.__all__)

@@ -1,13 +1,14 @@
 """Every way in which a saved state may not fit is told before anything changes."""
 
 import copy
+import dataclasses
 import json
 import re
 
 import pytest
 
-from st3core import PolynomialSchedule
-from st3core._state import check_kernels, check_settings, check_steps, schedule_state
+from st3core import PolynomialSchedule, get_method
+from st3core._state import check_kernels, check_settings, check_steps, method_of, method_state, schedule_state
 
 SCHEDULE = PolynomialSchedule(0.9, begin_step=2, end_step=10, power=2, update_frequency=3, initial_sparsity=0.1)
 OWN = {
@@ -119,3 +120,18 @@ def test_steps_that_are_no_number_of_steps(value):
 @pytest.mark.parametrize("value", [0, 1, 10**12])
 def test_steps(value):
     check(changed("step", value=value))
+
+
+def test_a_state_from_before_there_were_scopes():
+    own = {**OWN, "method": method_state(get_method("gmp"))}
+    old = {"name": "gmp", "score": "magnitude", "operator": "hard", "rescale": "none", "backward": "masked"}
+    check_settings(own, {**OWN, "method": old}, ("method", "schedule", "shapes"))
+    assert method_of(old) == get_method("gmp")
+    own["method"]["group"] = [1, 4]
+    with pytest.raises(ValueError, match=r"method.group=\[2, 4\], but this Sparsifier has \[1, 4\]"):
+        check_settings(own, {**OWN, "method": old}, ("method", "schedule", "shapes"))
+
+
+def test_a_method_comes_back_from_json():
+    method = dataclasses.replace(get_method("feather"), theta=0.25, group=(1, 8))
+    assert method_of(json.loads(json.dumps(method_state(method)))) == method

@@ -34,9 +34,17 @@ APPLIES = {
     "3a": THRESHOLDED | {"empty_tensor"},
     "3b": THRESHOLDED | {"empty_tensor"},
     "3c": THRESHOLDED | {"empty_tensor"},
+    "3d": THRESHOLDED | {"empty_tensor"},
+    "3e": {
+        "ordinary", "one_weight", "ties", "signed_zeros", "subnormals", "all_equal", "empty_tensor", "other_axes",
+        "short_group",
+    },
     "4": THRESHOLDED | {"other_axes"},
+    "4b": THRESHOLDED,
     "5": THRESHOLDED | {"other_axes", "zero_threshold", "empty_tensor", "not_finite"},
     "6": THRESHOLDED | {"zero_threshold", "empty_tensor", "not_finite"},
+    "6b": THRESHOLDED | {"zero_threshold", "empty_tensor"},
+    "6c": THRESHOLDED | {"zero_threshold", "empty_tensor"},
 }  # fmt: skip
 """Edge cases of every equation, each of them in all four dtypes."""
 
@@ -166,6 +174,39 @@ def operators(given, expected, case):
     assert_same(found, wanted.astype(weight.dtype))
 
 
+def powers(given, expected, case):
+    weight, threshold = array(given["weight"]), number(given["threshold"])
+    wanted = array(expected["weight"])
+    assert wanted.dtype == compute(weight.dtype)
+    found = st3core.sparsify(weight, threshold, method(operator="power", power=number(given["power"])))
+    assert_same(found, wanted.astype(weight.dtype), case["tolerance"]["weight"])
+
+
+def groups(given, expected, case):
+    """Equation 3e: by the threshold of each group alone, and by what a hard threshold leaves."""
+    weight, limits, axis = array(given["weight"]), array(expected["thresholds"]), given["input_axis"]
+    how = method(operator="hard", scope="n:m", group=tuple(given["group"]))
+    assert (limits.dtype, limits.shape) == (weight.dtype, weight.shape)
+    if weight.size:
+        assert st3core.find_thresholds([weight], 0.5, how, input_axis=axis).tolist() == [float(limits.max())]
+    found = st3core.sparsify(weight, 1.0, how, input_axis=axis)
+    assert ((found != 0) == (np.abs(weight) > limits)).all()
+
+
+def least_squares(given, expected, case):
+    """Equation 4b, in exact rational arithmetic."""
+    weight, threshold = array(given["weight"]), number(given["threshold"])
+    wanted = number(expected["scale"])
+    found = st3core.least_squares_scale(weight, threshold, method(rescale="least_squares"))
+    assert ulp_distance(np.array(found), np.array(wanted)) <= case["tolerance"]["scale"]
+    with np.errstate(over="ignore"):
+        limit = np.float64(threshold).astype(weight.dtype)
+    wide = [np.asarray(x).astype(compute(weight.dtype)) for x in (np.abs(weight), limit)]
+    left = [Fraction(float(t)) if t > 0 else Fraction(0) for t in (wide[0] - wide[1]).ravel()]
+    exact = sum(Fraction(float(w)) * t for w, t in zip(wide[0].ravel(), left, strict=True))
+    assert wanted == pytest.approx(float(exact / sum(t * t for t in left)) if any(left) else 1.0, rel=1e-15)
+
+
 def scales(given, expected, case):
     """Equation 4, in exact rational arithmetic; and as what the rescale multiplies weights by."""
     weight, threshold, chosen = array(given["weight"]), number(given["threshold"]), given["channel_axes"]
@@ -207,6 +248,14 @@ def backward(given, expected, case):
     assert_same(found, array(expected["grad"]))
 
 
+def other_rules(given, expected, case):
+    rule = {"6b": "scaled", "6c": "decay"}[case["equation"]]
+    part = {"6b": "theta", "6c": "decay"}[case["equation"]]
+    how = method(backward=rule, **{part: number(given[part])})
+    found = st3core.backward(array(given["grad"]), array(given["weight"]), number(given["threshold"]), how)
+    assert_same(found, array(expected["grad"]), case.get("tolerance", {}).get("grad", 0))
+
+
 def schedule_of(given):
     return st3core.PolynomialSchedule(**{key: number(value) for key, value in given.items() if key != "steps"})
 
@@ -219,7 +268,8 @@ def schedules(given, expected, case):
 
 CHECKS = {
     "1a": units, "1b": magnitudes, "2a": positions, "2b": quantiles, "2c": threshold_lists, "3a": kept,
-    "3b": operators, "3c": operators, "4": scales, "5": forward, "6": backward, "7": schedules,
+    "3b": operators, "3c": operators, "3d": powers, "3e": groups, "4": scales, "4b": least_squares, "5": forward,
+    "6": backward, "6b": other_rules, "6c": other_rules, "7": schedules,
 }  # fmt: skip
 
 
