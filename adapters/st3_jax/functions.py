@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from st3_jax import search
+from st3_jax.keys import common_float
 from st3_jax.operator import forward_weight
 from st3_jax.search import Weights, find_neighbours
 from st3core._validation import as_channel_axes, as_sparsity, as_threshold, describe_non_finite
@@ -48,25 +49,25 @@ def find_thresholds(weights: Sequence[jax.Array], sparsity: float, method: str |
     units = tensor_units([array.shape for array in arrays], dtypes, chosen)
     rank, _ = position(size, share)
     with jax.enable_x64(True):
-        found, common = _neighbours(arrays, tuple(units), rank), Weights(arrays, units).common
-    magnitudes = search.read(found, common)
+        found = _neighbours(arrays, chosen, rank)
+    magnitudes = search.read(found, common_float(dtypes))
     if magnitudes[0] == np.inf:
-        raise ValueError(_complaint(arrays))
+        raise ValueError(complaint(arrays, "find_thresholds", [f"weights[{i}]" for i in range(len(arrays))]))
     return thresholds_between(magnitudes, share, size, units, dtypes)
 
 
 @partial(jax.jit, static_argnums=1)
-def _neighbours(arrays: list[jax.Array], units: tuple[float, ...], rank: Any) -> search.Neighbours:
-    weights = Weights(arrays, units)
-    return find_neighbours(weights, jnp.int64(rank), jnp.int64(0), jnp.int64(0))
+def _neighbours(arrays: list[jax.Array], method: Method, rank: Any) -> search.Neighbours:
+    return find_neighbours(Weights(arrays, method), jnp.int64(rank), jnp.int64(0), jnp.int64(0))
 
 
-def _complaint(arrays: Sequence[jax.Array]) -> str:
-    for index, array in enumerate(map(np.asarray, arrays)):
+def complaint(arrays: Sequence[jax.Array], function: str, names: Sequence[str]) -> str:
+    """Message that names the first weight that is not finite."""
+    for name, array in zip(names, map(np.asarray, arrays), strict=True):
         if not np.isfinite(array).all():
-            return describe_non_finite(array, "find_thresholds", f"weights[{index}]")
+            return describe_non_finite(array, function, name)
     return (
-        "find_thresholds: a magnitude divided by its tensor's sigma exceeds the largest number of the "
+        f"{function}: a magnitude divided by its tensor's sigma exceeds the largest number of the "
         "weights' dtype; scale the weights down"
     )
 
@@ -102,11 +103,11 @@ def sparsify(
     axes = as_channel_axes(channel_axis, array.ndim, "sparsify")
     with np.errstate(over="ignore"):  # one that rounds to infinity zeroes everything, as it should
         limit = np.float64(as_threshold(threshold, "sparsify")).astype(array.dtype)
-    result: jax.Array = _forward_weight(array, jnp.asarray(limit), chosen, axes)
+    result: jax.Array = _forward_weight(array, jnp.asarray(limit), chosen, axes, ((),) * array.ndim)
     return result
 
 
-_forward_weight = jax.jit(forward_weight, static_argnums=(2, 3))
+_forward_weight = jax.jit(forward_weight, static_argnums=(2, 3, 4))
 
 
 def as_array(value: Any, function: str, argument: str) -> jax.Array:

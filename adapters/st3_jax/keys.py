@@ -1,5 +1,6 @@
 """Magnitudes as integers: keys in a weight's own dtype, keys that all tensors share, and the way between them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +24,9 @@ class Kind(NamedTuple):
     """Sigma, rounded to the dtype in which magnitudes are formed."""
 
 
-def common_float(kinds: list[Kind]) -> np.dtype[Any]:
+def common_float(dtypes: Sequence[np.dtype[Any]]) -> np.dtype[Any]:
     """The float whose bit patterns all tensors' magnitudes are compared by."""
-    return np.dtype(np.float64 if any(kind.dtype.itemsize == 8 for kind in kinds) else np.float32)
+    return np.dtype(np.float64 if any(dtype.itemsize == 8 for dtype in dtypes) else np.float32)
 
 
 def integer_of(dtype: np.dtype[Any]) -> np.dtype[Any]:

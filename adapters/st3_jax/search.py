@@ -1,6 +1,7 @@
 """The exact global threshold within a compiled step: counting in narrower and narrower intervals (equation 2)."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,9 @@ from jax import lax
 
 from st3_jax.counting import PIVOTS, count_below, smallest_from
 from st3_jax.keys import Kind, common_float, common_keys, infinity, own_bounds, own_keys
+from st3_jax.leaves import MeshAxes
+from st3core.method import Method
+from st3core.search import tensor_units
 
 _LEAST_REACH = 16
 """Keys on either side of the forecast that are looked at first, at least."""
@@ -41,30 +45,57 @@ class Weights:
 
     Args:
         arrays: float16, bfloat16, float32 or float64, of any shapes.
-        units: sigma of each, from :func:`st3core.search.tensor_units`.
+        method: its score matters here.
+        mesh_axes: how each is spread over devices, within ``shard_map``; by default every device has all of it.
     """
 
-    def __init__(self, arrays: Sequence[jax.Array], units: Sequence[float]) -> None:
-        self.kinds = [Kind(np.dtype(array.dtype), unit) for array, unit in zip(arrays, units, strict=True)]
-        self.common = common_float(self.kinds)
+    def __init__(
+        self, arrays: Sequence[jax.Array], method: Method, mesh_axes: Sequence[MeshAxes] | None = None
+    ) -> None:
+        spread = mesh_axes or [((),) * array.ndim for array in arrays]
+        shapes = [whole_shape(array, own) for array, own in zip(arrays, spread, strict=True)]
+        dtypes = [np.dtype(array.dtype) for array in arrays]
+        units = tensor_units(shapes, dtypes, method)
+        self.kinds = [Kind(dtype, unit) for dtype, unit in zip(dtypes, units, strict=True)]
+        self.common = common_float(dtypes)
         self.infinity = infinity(self.common)
-        self.size = sum(array.size for array in arrays)
-        self._parts = [(own_keys(a), kind) for a, kind in zip(arrays, self.kinds, strict=True) if a.size]
+        self.size = sum(map(prod, shapes))
+        self._parts = [
+            _Part(own_keys(array), kind, tuple(name for names in own for name in names))
+            for array, kind, own in zip(arrays, self.kinds, spread, strict=True)
+            if array.size
+        ]
 
     def count_below(self, bounds: jax.Array) -> jax.Array:
         """How many magnitudes lie below each of :data:`PIVOTS` common keys."""
         own = {kind: own_bounds(bounds, kind, self.common) for kind in set(self.kinds)}
-        counts = [count_below(keys, own[kind]) for keys, kind in self._parts]
-        return jnp.stack(counts).sum(0)
+        total = jnp.zeros(PIVOTS, np.int64)
+        for names in {part.mesh_axes for part in self._parts}:
+            count = sum(count_below(p.keys, own[p.kind]) for p in self._parts if p.mesh_axes == names)
+            total += lax.psum(count, names) if names else count
+        return total
 
     def smallest_from(self, bound: jax.Array) -> jax.Array:
         """The smallest common key at or above a bound; that of infinity where there is none."""
-        found = []
-        for keys, kind in self._parts:
-            smallest = smallest_from(keys, own_bounds(bound[None], kind, self.common)[0])
-            inside = jnp.minimum(smallest, infinity(kind.dtype))
-            found.append(common_keys(inside, kind, self.common))
-        return jnp.minimum(jnp.stack(found).min(), self.infinity)
+        smallest = jnp.int64(self.infinity)
+        for keys, kind, names in self._parts:
+            own = smallest_from(keys, own_bounds(bound[None], kind, self.common)[0])
+            found = common_keys(jnp.minimum(own, infinity(kind.dtype)), kind, self.common)
+            smallest = jnp.minimum(smallest, lax.pmin(found, names) if names else found)
+        return smallest
+
+
+class _Part(NamedTuple):
+    """Keys of one tensor, or of this device's shard of it."""
+
+    keys: jax.Array
+    kind: Kind
+    mesh_axes: tuple[str, ...]
+
+
+def whole_shape(array: jax.Array, mesh_axes: MeshAxes) -> list[int]:
+    """Shape of the array of which this is a shard."""
+    return [length * prod(map(lax.axis_size, names)) for length, names in zip(array.shape, mesh_axes, strict=True)]
 
 
 def find_neighbours(weights: Weights, rank: jax.Array, forecast: jax.Array, reach: jax.Array) -> Neighbours:
@@ -112,7 +143,7 @@ def _narrowed(interval: Interval, pivots: jax.Array, counts: jax.Array, rank: ja
 
 
 def _pivots(interval: Interval, rank: jax.Array) -> jax.Array:
-    """Keys to count next: two close to where the rank is if keys are evenly spread, and two that divide the interval."""
+    """Keys to count next: two near the rank's place among evenly spread keys, and two that divide the interval."""
     width, inside = interval.high - interval.low, interval.through - interval.below
     share = (rank - interval.below + 0.5) / inside
     middle = interval.low + (width * share).astype(np.int64)
