@@ -92,7 +92,8 @@ def own_bounds(common_bounds: jax.Array, kind: Kind, common: np.dtype[Any]) -> j
         return (common_bounds + 0xFFFF) >> 16
     least = 0 if kind.dtype == np.float16 else least_normal(kind.dtype)
     compute = compute_dtype(kind.dtype)
-    values = from_own_keys(common_bounds, common).astype(compute) * jnp.asarray(kind.unit, compute)
+    finite = jnp.minimum(common_bounds, infinity(common) - 1)  # a finite weight can have an infinite magnitude
+    values = from_own_keys(finite, common).astype(compute) * jnp.asarray(kind.unit, compute)
     estimates = own_keys(values.astype(kind.dtype)).astype(np.int64)
     first = jnp.maximum(estimates - _AROUND, least)
     candidates = jnp.minimum(first[:, None] + np.arange(2 * _AROUND + 1), infinity(kind.dtype))
