@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import st3core
-from st3_jax import PolynomialSchedule, Sparsifier, find_state
+from st3_jax import PolynomialSchedule, Sparsifier, find_state, sparsified
 from st3core import get_method
 from tests.st3_jax.networks import SCHEDULE, loss_of, made_batch, made_params, training
 
@@ -151,7 +151,7 @@ def test_freezing_keeps_the_zeros_and_trains_the_rest():
     assert_same(raw, before)
     batch = made_batch()
     for _ in range(3):
-        gradient = jax.grad(lambda p: loss_of(sparsifier.apply(p, frozen), batch))(raw)
+        gradient = jax.grad(lambda p, state: loss_of(sparsifier.apply(p, state), batch))(raw, frozen)
         assert not np.asarray(gradient["first"]["kernel"])[np.asarray(raw["first"]["kernel"]) == 0].any()
         raw = jax.tree.map(lambda p, g: p - 0.5 * (g + 0.01), raw, gradient)  # with a push for zeros too
         frozen = sparsifier.update(raw, frozen)
@@ -193,8 +193,6 @@ def test_the_wrapped_optimizer_needs_params_and_passes_arguments_on():
 
     sparsifier = Sparsifier(SCHEDULE)
     inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scaled)
-    from st3_jax import sparsified
-
     optimizer, params = sparsified(inner, sparsifier), made_params()
     state = optimizer.init(params)
     with pytest.raises(ValueError, match="update must be called with params"):
@@ -207,7 +205,7 @@ def test_the_wrapped_optimizer_needs_params_and_passes_arguments_on():
 
 
 def test_gathered_gradients_count_as_one_step():
-    sparsifier, optimizer, _ = training()
+    _, optimizer, _ = training()
     gathering, params = optax.MultiSteps(optimizer, 2), made_params()
     state = gathering.init(params)
     for _ in range(4):
