@@ -215,7 +215,8 @@ class Sparsifier:
         """The state after this step."""
         arrays = [leaf.array for leaf in leaves]
         kinds = tuple((leaf.name, leaf.mesh_axes) for leaf in leaves)
-        return _renewed(self._ramp, self._method, kinds, arrays, state._replace(step=step))
+        renewed: State = _renewed(self._ramp, self._method, kinds, arrays, state._replace(step=step))
+        return renewed
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -227,7 +228,8 @@ def _renewed(
         weights = Weights(arrays, method, [mesh_axes for _, mesh_axes in kinds])
         is_renewed, rank, fraction = ramp.update(state.step, weights.size)
         names = [name for name, _ in kinds]
-        return lax.cond(is_renewed, lambda: _searched(weights, names, rank, fraction, state), lambda: state)
+        renewed: State = lax.cond(is_renewed, lambda: _searched(weights, names, rank, fraction, state), lambda: state)
+        return renewed
 
 
 def _searched(weights: Weights, names: Sequence[str], rank: jax.Array, fraction: jax.Array, state: State) -> State:
