@@ -148,7 +148,7 @@ class Sparsifier:
 
     def finalize(self, params: Any, state: State) -> Any:
         """The parameters of an ordinary model: forward weights, zeros included. Same as :meth:`apply`."""
-        return lax.stop_gradient(self.apply(params, state))
+        return self.apply(params, state)
 
     def sparsity(self, params: Any, state: State) -> jax.Array:
         """Measured share of zeros over the sparsified leaves; 0-d, float32."""
@@ -248,7 +248,7 @@ def _searched(weights: Weights, names: Sequence[str], rank: jax.Array, fraction:
 def _as_rules(value: Any, argument: str) -> tuple[Rule, ...] | None:
     if value is None:
         return None
-    rules = (value,) if isinstance(value, str) or callable(value) else tuple(value)
+    rules = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     for rule in rules:
         if not (isinstance(rule, str) or callable(rule)):
             raise TypeError(f"Sparsifier: {argument} must be names, patterns or predicates, got {rule!r}")
