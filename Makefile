@@ -9,12 +9,15 @@ MUTATION := $(VENV)/.mutation
 
 .PHONY: demo test test-keras check docs bench conformance mutation stress study clean
 
-ifdef BACKEND
-demo: $(KERAS)  ## sparse-train a network on handwritten digits; BACKEND=tensorflow, jax or torch: with Keras
-	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python examples/digits_keras.py
-else
+ifndef BACKEND
 demo: $(READY)
 	$(VENV)/bin/python examples/digits.py
+else ifeq ($(BACKEND),jax-native)
+demo: $(KERAS)
+	$(VENV)/bin/python examples/digits_jax.py
+else
+demo: $(KERAS)  ## sparse-train a network on handwritten digits; BACKEND=tensorflow, jax or torch: with Keras; jax-native: without
+	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python examples/digits_keras.py
 endif
 
 test: $(KERAS)  ## all tests: the core and PyTorch, the core without compilation, then Keras on each of its backends
@@ -59,7 +62,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(KERAS): $(READY)
-	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[keras]' tensorflow-cpu jax
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[keras,jax-libraries]' tensorflow-cpu
 	touch $@
 
 $(MUTATION): $(READY)

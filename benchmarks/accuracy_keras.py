@@ -53,13 +53,14 @@ def write_start(path: Path, seed: int, epochs: int) -> None:
     """
     images = len(load_data(seed).train_labels)
     torch.manual_seed(seed)
-    first = [_as_in_keras(parameter.detach().numpy()) for parameter in Network().parameters()]
+    first = [as_channels_last(parameter.detach().numpy()) for parameter in Network().parameters()]
     shuffle = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(images, generator=shuffle).numpy() for _ in range(epochs)]
     np.savez(path, orders, *first)
 
 
-def _as_in_keras(weight: np.ndarray) -> np.ndarray:
+def as_channels_last(weight: np.ndarray) -> np.ndarray:
+    """A weight of PyTorch in the layout of Keras and Flax."""
     return weight.transpose({4: (2, 3, 1, 0), 2: (1, 0)}.get(weight.ndim, (0,)))
 
 

@@ -237,9 +237,16 @@ def require_rejected(backend: Backend, case: Search | Operation) -> None:
     require(False, case, shown(found), "ValueError")
 
 
-@conformance_property("1b", _not_finite)
+def _overflowing(backend: Backend) -> Iterable[Case]:
+    """Finite weights whose magnitudes are not: divided by a sigma below 1."""
+    for dtype, largest in (("float32", 3e38), ("bfloat16", 3e38), ("float64", 1.7e308)):
+        if dtype in backend.dtypes:
+            yield Search((Array.made(f"np.array([[{largest}, 1.0, 2.0]], {dtype!r})"),), 0.5, "st3_sigma")
+
+
+@conformance_property("1b", _not_finite, fixed=_overflowing)
 def thresholds_reject_what_is_not_finite(backend: Backend, case: Search) -> None:
-    """NaN and infinity among the weights are a ValueError, for every sparsity."""
+    """NaN and infinity among the weights, or among their magnitudes, are a ValueError, for every sparsity."""
     require_rejected(backend, case)
 
 

@@ -188,6 +188,14 @@ class SearchAcceptsNan(Textbook):
         return np.nan_to_num(super().magnitude(weight, unit))
 
 
+@violates("thresholds_reject_what_is_not_finite")
+class MagnitudesOverflow(Textbook):
+    """Finite weights whose magnitudes are infinite are accepted."""
+
+    def check_magnitudes(self, parts):
+        pass
+
+
 @violates("thresholds_reject_bad_sparsity")
 class SparsityClipped(Textbook):
     """A sparsity outside [0, 1) silently repaired."""

@@ -26,6 +26,7 @@ class Textbook(NumpyBackend):
             return np.array([self.largest(w, method.group, axis) for w, axis in zip(weights, axes, strict=True)])
         units = [self.sigma(w.shape, score) for w in weights]
         parts = [self.magnitude(w, u).astype(np.float64).ravel() for w, u in zip(weights, units, strict=True)]
+        self.check_magnitudes(parts)
         e1, e2, value = self.quantile(np.sort(np.concatenate(parts)), sparsity)
         pairs = zip(weights, units, strict=True)
         return np.array([self.tensor_threshold(w.dtype, u, e1, e2, value) for w, u in pairs])
@@ -47,6 +48,10 @@ class Textbook(NumpyBackend):
             raise ValueError("no weights")
         if not all(np.isfinite(w).all() for w in weights):
             raise ValueError("not finite")
+
+    def check_magnitudes(self, parts):
+        if not all(np.isfinite(part).all() for part in parts):
+            raise ValueError("a magnitude overflows")
 
     def without_sparsity(self, weights):
         return np.zeros(len(weights))

@@ -1,0 +1,71 @@
+"""Run in a process of its own: parameters spread over four CPU devices."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from st3_jax import PolynomialSchedule, Sparsifier
+
+SCHEDULE = PolynomialSchedule(0.9, begin_step=0, end_step=3)
+SPECS = {
+    "first": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")},
+    "second": {"kernel": PartitionSpec("model", None), "bias": PartitionSpec()},
+}
+"""Cut along the output channels, and across them."""
+
+
+def made_params():
+    """Large enough for their rows to be folded."""
+    generator = np.random.default_rng(0)
+    shapes = {"first": (48, 128), "second": (128, 64)}
+    return {
+        name: {"kernel": jnp.asarray(generator.standard_normal(shape), np.float32), "bias": jnp.zeros(shape[1])}
+        for name, shape in shapes.items()
+    }
+
+
+def run(sparsifier, params):
+    state = sparsifier.init(params)
+    for _ in range(2):
+        state = sparsifier.update(params, state)
+    return state, sparsifier.apply(params, state)
+
+
+def assert_same_bits(found, expected):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def check(method):
+    params = made_params()
+    sparsifier = Sparsifier(SCHEDULE, method)
+    expected = jax.jit(lambda p: run(sparsifier, p))(params)
+    mesh = Mesh(np.array(jax.devices()), ("model",))
+    spread = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    shards = jax.device_put(params, spread)
+
+    compiled = jax.jit(lambda p: run(sparsifier, p)).lower(shards).compile()
+    assert "all-reduce" in compiled.as_text()
+    assert "all-gather" not in compiled.as_text()
+    assert "all-to-all" not in compiled.as_text()
+    found = compiled(shards)
+    assert_same_bits(found, expected)
+    assert not found[1]["first"]["kernel"].sharding.is_fully_replicated
+
+    rules = {"*/kernel": PartitionSpec(None, "model"), "second/kernel": PartitionSpec("model")}
+    local = Sparsifier(SCHEDULE, method, sharded=rules)
+    mapped = jax.shard_map(lambda p: run(local, p), mesh=mesh, in_specs=(SPECS,), out_specs=(PartitionSpec(), SPECS))
+    assert_same_bits(jax.jit(mapped)(shards), expected)
+
+
+if __name__ == "__main__":
+    assert len(jax.devices()) == 4
+    for name in sys.argv[1:]:
+        check(name)
