@@ -84,6 +84,12 @@ def tensor_threshold(dtype: np.dtype[Any], unit: float, e1: float, e2: float, va
     return threshold
 
 
+def repeated(magnitudes: Sequence[FloatArray], costs: Sequence[int]) -> list[FloatArray]:
+    """Each magnitude as often as its weight costs, when all costs are divided by what they share (equation 2d)."""
+    divisor = math.gcd(*costs)
+    return [np.repeat(own, cost // divisor) for own, cost in zip(magnitudes, costs, strict=True)]
+
+
 def find_thresholds(
     weights: Sequence[FloatArray],
     sparsity: float,
@@ -92,10 +98,12 @@ def find_thresholds(
     scope: str = "global",
     group: tuple[int, int] = (2, 4),
     input_axes: Sequence[int] = (),
+    costs: Sequence[int] = (),
 ) -> NDArray[np.float64]:
     """Threshold of every tensor (equation 2); zeros for ``sparsity == 0``.
 
     By scope: the quantile of all tensors, of each by itself, or the largest threshold of a tensor's groups (3e).
+    With ``costs`` every weight counts that often (2d).
     """
     if sparsity == 0:
         return np.zeros(len(weights))
@@ -106,6 +114,8 @@ def find_thresholds(
         return np.array([float(find_thresholds([w], sparsity, score)[0]) if w.size else 0.0 for w in weights])
     units = [sigma(w.shape, score) for w in weights]
     magnitudes = [magnitude(w, u).ravel().astype(np.float64) for w, u in zip(weights, units, strict=True)]
+    if len(costs):
+        magnitudes = repeated(magnitudes, costs)
     e1, e2, value = quantile(np.concatenate(magnitudes), sparsity)
     thresholds = [tensor_threshold(w.dtype, u, e1, e2, value) for w, u in zip(weights, units, strict=True)]
     return np.array(thresholds)

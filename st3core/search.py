@@ -6,13 +6,14 @@ will do whose answers are sums over its parts: threads, shards on several machin
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
 from st3core import reference
 from st3core._validation import as_input_axis, as_sparsity, as_weights
+from st3core.costs import as_costs, cost_counter, require_global
 from st3core.counting import ArrayCounter, keys_of_ranks
 from st3core.method import Method, get_method
 from st3core.operators import group_thresholds
@@ -91,6 +92,7 @@ def find_thresholds(
     method: str | Method = "st3",
     *,
     input_axis: int | Sequence[int | None] | None = None,
+    costs: Sequence[SupportsIndex] | None = None,
 ) -> NDArray[np.float64]:
     r"""Threshold of every tensor for one global sparsity (spec, equation 2).
 
@@ -113,16 +115,19 @@ def find_thresholds(
         method: name of a preset, or a :class:`~st3core.Method`; its score and scope matter here.
         input_axis: axis along which the scope ``"n:m"`` forms its groups, for all tensors or one for each. None: the
             one that :func:`~st3core.sparsify` takes where output channels are on axis 0.
+        costs: of one weight of each tensor, integers of 0 or more: its multiply-adds, for instance. Then ``sparsity``
+            is the share of the costs that goes, instead of the share of the weights (equation 2d).
 
     Returns:
         float64, shape ``(len(weights),)``: :math:`\lambda_i` in units of ``weights[i]``; zeros for
         ``sparsity == 0``. Rounded to the tensor's dtype it separates the same weights.
 
     Raises:
-        TypeError: ``weights`` does not hold such arrays, or ``sparsity`` is not a number, or ``input_axis`` is not
-            made of integers.
+        TypeError: ``weights`` does not hold such arrays, or ``sparsity`` is not a number, or ``input_axis`` or
+            ``costs`` is not made of integers.
         ValueError: ``weights`` holds no weight at all, or a NaN or infinite one; ``sparsity`` is
-            outside [0, 1); ``method`` is unknown; ``input_axis`` is out of range.
+            outside [0, 1); ``method`` is unknown; ``input_axis`` is out of range; ``costs`` are not one a tensor,
+            are negative, or are for a method whose scope is not global.
         OSError: ``weights`` is a generator, and there is no room for the temporary file.
 
     References:
@@ -134,7 +139,7 @@ def find_thresholds(
     """
     arrays = _as_arrays(weights)
     names = [f"weights[{i}]" for i in range(len(arrays))]
-    return find_named_thresholds(arrays, sparsity, method, names, input_axis)
+    return find_named_thresholds(arrays, sparsity, method, names, input_axis, costs)
 
 
 def find_named_thresholds(
@@ -143,12 +148,17 @@ def find_named_thresholds(
     method: str | Method,
     names: Sequence[str],
     input_axis: int | Sequence[int | None] | None = None,
+    costs: Sequence[SupportsIndex] | None = None,
 ) -> NDArray[np.float64]:
     """:func:`find_thresholds` for checked arrays, with the names that messages give them."""
     share, chosen = as_sparsity(sparsity, "find_thresholds"), get_method(method)
     dtypes = [w.dtype.newbyteorder("=") for w in weights]
     units = tensor_units([w.shape for w in weights], dtypes, chosen)
-    counter = ArrayCounter(weights, units, names)
+    counter: Counter = ArrayCounter(weights, units, names)
+    if costs is not None:
+        require_global(chosen, "find_thresholds")
+        own_costs = as_costs(costs, [w.size for w in weights], "find_thresholds")
+        counter = cost_counter(weights, own_costs, _without_elements, lambda some: ArrayCounter(some, units, names))
     if chosen.scope == "global" or share == 0:
         return count_thresholds(counter, share, units, dtypes)
     count_thresholds(counter, 0.0, units, dtypes)  # for its checks of the weights
@@ -159,6 +169,10 @@ def find_named_thresholds(
     parts = zip(weights, units, dtypes, names, strict=True)
     own = (count_thresholds(ArrayCounter([w], [u], [n]), share, [u], [d]) if w.size else [0.0] for w, u, d, n in parts)
     return np.array([float(found[0]) for found in own])
+
+
+def _without_elements(weight: np.ndarray) -> np.ndarray:
+    return np.empty(0, weight.dtype)
 
 
 def largest_group_threshold(weight: np.ndarray, group: tuple[int, int], axis: int) -> float:
