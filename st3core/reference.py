@@ -136,7 +136,7 @@ def soft_threshold(weight: FloatArray, threshold: Threshold) -> FloatArray:
     """``T(w) = w - clip(w, -lambda, lambda)`` (equation 3b), in the compute dtype."""
     compute = compute_dtype(weight.dtype)
     values, limit = weight.astype(compute), rounded(threshold, weight.dtype).astype(compute)
-    result: FloatArray = values - np.clip(values, -limit, limit)
+    result: FloatArray = values - np.clip(values, -limit, limit) + compute.type(0)  # of -0 and 0, too
     return result
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from st3_torch import device, search
+from st3_torch import search
 from st3_torch.layers import ChannelLayout
 from st3_torch.memory import NUMPY_DTYPES, as_array
 from st3_torch.operator import forward_weight, traced_forward_weight
@@ -14,7 +14,7 @@ from st3core._validation import as_sparsity
 from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method, get_method
 from st3core.operators import round_thresholds
-from st3core.search import find_named_thresholds, tensor_units
+from st3core.search import find_named_thresholds
 
 
 class Backend:
@@ -23,7 +23,6 @@ class Backend:
     name = "torch"
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     checks_weights = False  # the search does, before any forward pass
-    lacks = frozenset({"power", "least_squares", "scaled", "decay", "layer", "n:m"})
 
     def from_numpy(self, array: np.ndarray) -> torch.Tensor:
         """Tensor of the same memory."""
@@ -39,7 +38,10 @@ class Backend:
         self, weights: Sequence[torch.Tensor], sparsity: float, method: str | Method
     ) -> NDArray[np.float64]:
         """Search as in ``Sparsifier.step()``."""
-        return find_named_thresholds([as_array(w) for w in weights], sparsity, method, _names(weights))
+        chosen, share, named = get_method(method), as_sparsity(sparsity, "find_thresholds"), _named(weights)
+        if chosen.scope == "global":
+            return find_named_thresholds([as_array(w) for w in weights], share, chosen, list(named))
+        return search.read(search.find(named, share, chosen, layouts=_layouts(weights)), named)
 
     def sparsify(self, weight: torch.Tensor, threshold: float, method: str | Method, channel_axis: int) -> torch.Tensor:
         """Forward weight as a layer sees it."""
@@ -74,10 +76,9 @@ class DeviceBackend(Backend):
         self, weights: Sequence[torch.Tensor], sparsity: float, method: str | Method
     ) -> NDArray[np.float64]:
         """Search that never waits for the device."""
-        dtypes = [NUMPY_DTYPES[w.dtype] for w in weights]
-        units = tensor_units([w.shape for w in weights], dtypes, get_method(method))
-        found = device.find_thresholds(weights, units, as_sparsity(sparsity, "find_thresholds"))
-        return search.read(found, dict(zip(_names(weights), weights, strict=True)))
+        share, layouts = as_sparsity(sparsity, "find_thresholds"), _layouts(weights)
+        found = search.find_on_device(weights, share, get_method(method), layouts)
+        return search.read(found, _named(weights))
 
     def _forward(
         self, weight: torch.Tensor, limit: torch.Tensor, method: Method, layout: ChannelLayout
@@ -85,8 +86,12 @@ class DeviceBackend(Backend):
         return traced_forward_weight(weight, limit, method, layout)
 
 
-def _names(weights: Sequence[torch.Tensor]) -> list[str]:
-    return [f"weights[{i}]" for i in range(len(weights))]
+def _named(weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+
+
+def _layouts(weights: Sequence[torch.Tensor]) -> list[ChannelLayout]:
+    return [ChannelLayout() for _ in weights]
 
 
 def _limit(weight: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -27,6 +27,7 @@ class SparseWeight(nn.Module):
 
     threshold: torch.Tensor
     mask: torch.Tensor | None
+    scale: torch.Tensor | None
 
     def __init__(self, weight: torch.Tensor, method: Method, layout: ChannelLayout) -> None:
         super().__init__()
@@ -36,11 +37,14 @@ class SparseWeight(nn.Module):
             zero = torch.zeros((), dtype=compute, device=weight.device)
         self.register_buffer("threshold", zero, persistent=False)
         self.mask = None  # no buffer: averaged copies of a model match buffers by their number
+        self.scale = None  # of least squares, once it is fixed
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SparseWeight":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.mask is not None:
             self.mask = fn(self.mask)
+        if self.scale is not None:
+            self.scale = fn(self.scale)
         return self
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
@@ -48,7 +52,7 @@ class SparseWeight(nn.Module):
         if self.mask is not None:
             return torch.where(spread_like(self.mask, weight), weight, 0)
         threshold = self.threshold.to(weight.device, non_blocking=True)  # not there if weights are offloaded
-        return forward_weight(weight, threshold, self.method, self.layout)
+        return forward_weight(weight, threshold, self.method, self.layout, self.scale)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

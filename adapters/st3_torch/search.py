@@ -1,6 +1,7 @@
 """Where a Sparsifier's thresholds are found: on the CPU, on a device, or over the shards of several processes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,13 +10,15 @@ from numpy.typing import NDArray
 from st3_torch import device, sharded
 from st3_torch.counting import local_counter, non_finite
 from st3_torch.device import Searched
+from st3_torch.groups import largest_limits
+from st3_torch.layers import ChannelLayout
 from st3_torch.memory import NUMPY_DTYPES
 from st3_torch.placements import is_dtensor
 from st3core.bounded import bounded_thresholds
 from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method
 from st3core.operators import round_thresholds
-from st3core.search import ALONE, TRAVELLING, Counter, Forecast, count_thresholds, tensor_units
+from st3core.search import ALONE, TRAVELLING, Counter, Forecast, Limits, count_thresholds, tensor_units
 
 Thresholds = NDArray[np.float64] | Searched
 """One number a kernel; on a device until somebody wants to know them."""
@@ -26,6 +29,7 @@ def find(
     sparsity: float,
     method: Method,
     *,
+    layouts: Sequence[ChannelLayout] = (),
     forecast: Forecast | None = None,
     min_density: Sequence[float] = (),
 ) -> Thresholds:
@@ -34,7 +38,8 @@ def find(
     Args:
         weights: by name; sharded, replicated or of this process alone.
         sparsity: share of zeros in [0, 1).
-        method: its score matters here.
+        method: its score and scope matter here.
+        layouts: where the output channels of each are, for the scope ``"n:m"``.
         forecast: from the searches before this one, of sharded weights.
         min_density: share of its weights that each keeps at least; if there are any.
 
@@ -50,13 +55,48 @@ def find(
 
     is_sharded = any(map(is_dtensor, tensors))
     limits = TRAVELLING if is_sharded else ALONE
+    if not is_sharded and not any(min_density) and device.suits(tensors):
+        return find_on_device(tensors, sparsity, method, layouts)
+    if method.scope != "global" and sparsity:
+        count_thresholds(counter_of(range(len(tensors))), 0.0, units, dtypes)  # for its checks of the weights
+        if method.scope == "n:m":
+            largest: NDArray[np.float64] = largest_limits(tensors, layouts, method).cpu().double().numpy()
+            return largest
+        pairs = [(counter_of([i]), units[i], dtypes[i]) for i in range(len(tensors))]
+        return np.array([_alone(*pair, sparsity, limits) for pair in pairs])
     if any(min_density) and sparsity:
         sizes = [tensor.numel() for tensor in tensors]
         return bounded_thresholds(counter_of, sizes, sparsity, units, dtypes, min_density, limits)
-    if not is_sharded and device.suits(tensors):
-        return device.find_thresholds(tensors, units, sparsity)
     counter, own = counter_of(range(len(tensors))), forecast if is_sharded else None
     return count_thresholds(counter, sparsity, units, dtypes, own, limits=limits)
+
+
+def _alone(counter: Counter, unit: float, dtype: np.dtype[Any], sparsity: float, limits: Limits) -> float:
+    """Threshold of one tensor by itself; 0 if it has no weights."""
+    return float(count_thresholds(counter, sparsity, [unit], [dtype], limits=limits)[0]) if counter.size else 0.0
+
+
+def find_on_device(
+    weights: Sequence[torch.Tensor], sparsity: float, method: Method, layouts: Sequence[ChannelLayout]
+) -> Searched:
+    """:func:`find` for plain tensors, in PyTorch operations that nobody waits for.
+
+    Raises:
+        ValueError: there is no weight at all.
+    """
+    units = tensor_units([weight.shape for weight in weights], [NUMPY_DTYPES[w.dtype] for w in weights], method)
+    if method.scope == "global" or not sparsity or not any(weight.numel() for weight in weights):
+        return device.find_thresholds(weights, units, sparsity)
+    finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
+    if method.scope == "n:m":
+        return Searched(largest_limits(weights, layouts, method), finite)
+    parts = [
+        device.find_thresholds([weight], [unit], sparsity).thresholds
+        if weight.numel()
+        else torch.zeros(1, dtype=torch.float64, device=weight.device)
+        for weight, unit in zip(weights, units, strict=True)
+    ]
+    return Searched(torch.cat(parts), finite)
 
 
 def _counter(weights: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> Counter:

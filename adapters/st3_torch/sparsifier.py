@@ -15,8 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from st3_torch import ddp, fsdp, search, sharded
 from st3_torch.density import least_densities
-from st3_torch.layers import Rule, Site, find_kernels, kernel_layouts, raw_parameter
+from st3_torch.groups import check_shards
+from st3_torch.layers import ChannelLayout, Rule, Site, find_kernels, kernel_layouts, raw_parameter
 from st3_torch.macs import multiply_adds
+from st3_torch.operator import least_squares_scale
 from st3_torch.parametrization import (
     RawPlace,
     Slot,
@@ -37,7 +39,7 @@ from st3_torch.updates import is_completed, trains_any, unwrapped
 from st3core import PolynomialSchedule
 from st3core._state import method_state, schedule_state
 from st3core.method import Method, get_method
-from st3core.operators import require_kernels
+from st3core.operators import has_kernel
 from st3core.report import LayerReport, Report
 from st3core.search import Forecast
 
@@ -60,8 +62,9 @@ class _Kernel:
         raw, parametrization = self.raw, self.parametrization
         site = self.sites[0]
         dtype = raw.dtype if record is None else fsdp.forward_dtype(record, raw)
-        if parametrization.mask is not None or not is_parametrized(site.module, site.tensor_name):
-            weight = local(self.effective()).to(dtype)
+        baked = parametrization.mask is not None or not is_parametrized(site.module, site.tensor_name)
+        if baked or parametrization.method.scope == "n:m":
+            weight = local(self.effective(record)).to(dtype)
             return weight.numel() - int(weight.count_nonzero())
         return int((local(raw).to(dtype).abs() <= parametrization.threshold.to(dtype)).sum())
 
@@ -84,8 +87,8 @@ class Sparsifier:
     Args:
         model: any module, on any device; changed in place.
         schedule: sparsity as a function of the completed optimizer steps.
-        method: name of a preset (``"st3"``, ``"st3_sigma"``, ``"hard_ste"``, ``"gmp"``), or a
-            :class:`st3core.Method`.
+        method: name of a preset (``"st3"``, ``"st3_sigma"``, ``"hard_ste"``, ``"gmp"``, ``"feather"``, ``"sr_ste"``,
+            ``"s_ste"``), or a :class:`st3core.Method`; with groups of N:M weights the schedule has to end at 1 - N/M.
         include: sparsify only these kernels: names of layers or parameters, glob patterns, module
             types, or ``predicate(name, module) -> bool``; one of them or a list. Default: all.
         exclude: leave these dense; same kinds.
@@ -138,13 +141,20 @@ class Sparsifier:
             )
         fsdp.reject_flat_parameters(model)
         fsdp.reshard(model)
-        self.model, self.schedule, self.method = model, schedule, require_kernels(get_method(method))
+        self.model, self.schedule = model, schedule
+        self.method = get_method(method).aimed_at(schedule.target_sparsity)
         kernels, self._skipped = find_kernels(model, include, exclude)
         weights = {name: _weight(sites[0]) for name, sites in kernels.items()}
+        layouts = [_layout(sites[0]) for sites in kernels.values()]
+        check_shards(weights, layouts, self.method)
         fsdp.managed_parameters(model, [site for sites in kernels.values() for site in sites])
         sizes = {name: weight.numel() for name, weight in weights.items()}
         self._min_density = least_densities(min_density, sizes, schedule.target_sparsity)
-        first = search.find(weights, schedule(0), self.method, min_density=self._min_density)
+        if self._min_density and self.method.scope != "global":
+            raise ValueError(
+                f"Sparsifier: min_density must be 0 for a method of scope {self.method.scope!r}, got {min_density!r}"
+            )
+        first = search.find(weights, schedule(0), self.method, layouts=layouts, min_density=self._min_density)
         self._step = 0
         self._frozen = self._finalized = False
         self._applied_sparsity = self.schedule(0)
@@ -176,7 +186,7 @@ class Sparsifier:
         ]
         self._followed: RemovableHandle | None = None
         self._may_differ = dist.is_available() and dist.is_initialized()
-        self._set_thresholds(first, self._fitting_plan(self._raw()))
+        self._set_thresholds(first, self._fitting_plan(self._raw()), self._applied_sparsity)
 
     def _leave(self) -> None:
         """Take every trace off the model, whose parameters stay as they are."""
@@ -244,7 +254,7 @@ class Sparsifier:
         if not self._frozen and self.schedule.is_update_step(step):
             raw, target = self._raw(), self.schedule(step)
             plan = self._fitting_plan(raw)
-            self._set_thresholds(self._find_thresholds(raw, target, plan), plan)
+            self._set_thresholds(self._find_thresholds(raw, target, plan), plan, target)
             self._applied_sparsity = target
         self._step = step
 
@@ -356,7 +366,11 @@ class Sparsifier:
 
     def _state(self, thresholds: Mapping[str, float]) -> dict[str, Any]:
         masks = {kernel.name: kernel.parametrization.mask for kernel in self._kernels}
+        scales = [(kernel.name, kernel.parametrization.scale) for kernel in self._kernels]
+        fixed = {name: float(scale) for name, scale in scales if scale is not None}
+        own = {"scales": fixed} if self.method.rescale == "least_squares" else {}
         return {
+            **own,
             "step": self._step,
             "method": method_state(self.method),
             "schedule": schedule_state(self.schedule),
@@ -380,8 +394,11 @@ class Sparsifier:
         check_state(self._state(dict.fromkeys(self._named(self._raw()), 0.0)), state)  # its own may not be finite
         self._step, self._applied_sparsity = state["step"], state["applied_sparsity"]
         self._may_differ = False
+        for kernel in self._kernels:
+            scale, like = state.get("scales", {}).get(kernel.name), kernel.parametrization.threshold
+            kernel.parametrization.scale = None if scale is None else torch.full_like(like, scale)
         found = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
-        self._set_thresholds(found, self._fitting_plan(self._raw()))
+        self._set_thresholds(found, self._fitting_plan(self._raw()), self._applied_sparsity)
         self._frozen = state["frozen"]
         if self._frozen:
             self._plan = None
@@ -429,15 +446,29 @@ class Sparsifier:
             return plan.find_thresholds(sparsity)
         named = self._named(raw)
         _check_shapes(named, self._shapes)
-        return search.find(named, sparsity, self.method, forecast=self._forecast, min_density=self._min_density)
+        layouts = [kernel.parametrization.layout for kernel in self._kernels]
+        check_shards(named, layouts, self.method)
+        return search.find(
+            named, sparsity, self.method, layouts=layouts, forecast=self._forecast, min_density=self._min_density
+        )
 
-    def _set_thresholds(self, found: Thresholds, plan: Plan | None) -> None:
+    def _set_thresholds(self, found: Thresholds, plan: Plan | None, sparsity: float) -> None:
         self._thresholds = found
         if plan is not None:
             plan.set_thresholds(search.read(found, {}))
             return
         buffers = [kernel.parametrization.threshold for kernel in self._kernels]
         search.write(found, buffers, [kernel.raw.dtype for kernel in self._kernels])
+        if self.method.rescale == "least_squares" and sparsity:
+            self._fix_scales()
+
+    def _fix_scales(self) -> None:
+        """At the first threshold, give every kernel the scale that it keeps."""
+        for kernel in self._kernels:
+            own = kernel.parametrization
+            if own.scale is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    own.scale = least_squares_scale(kernel.raw, own.threshold, self.method, own.layout)
 
     def _read_thresholds(self) -> NDArray[np.float64]:
         return search.read(self._thresholds, self._named(self._raw()))
@@ -450,9 +481,8 @@ class Sparsifier:
             return self._plan
         parametrizations = [kernel.parametrization for kernel in self._kernels]
         names = [kernel.name for kernel in self._kernels]
-        possible = not fsdp.is_managed(self._sites) and can_plan(
-            raw, [parametrization.layout for parametrization in parametrizations]
-        )
+        known = has_kernel(self.method) and self.method.scope == "global" and not fsdp.is_managed(self._sites)
+        possible = known and can_plan(raw, [parametrization.layout for parametrization in parametrizations])
         self._plan = Plan(raw, parametrizations, names, self.method, self._forecast) if possible else None
         return self._plan
 
@@ -460,7 +490,7 @@ class Sparsifier:
         """Compute the forward weights of all layers at once, before the model runs."""
         if self._may_differ and not torch.compiler.is_compiling():
             self._find_first_again()
-        if self.method.backward == "masked" or self._frozen or torch.compiler.is_compiling():
+        if self.method.backward != "straight_through" or self._frozen or torch.compiler.is_compiling():
             return
         if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
             return
@@ -486,7 +516,9 @@ class Sparsifier:
         if self._step == 0 and not self._frozen and not fsdp.is_managed(self._sites):
             raw = self._raw()
             plan = self._fitting_plan(raw)
-            self._set_thresholds(self._find_thresholds(raw, self._applied_sparsity, plan), plan)
+            for kernel in self._kernels:
+                kernel.parametrization.scale = None
+            self._set_thresholds(self._find_thresholds(raw, self._applied_sparsity, plan), plan, self._applied_sparsity)
 
     def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -505,11 +537,14 @@ class Sparsifier:
 
 
 def _attach(name: str, sites: list[Site], orders: list[list[str]], method: Method) -> _Kernel:
-    layout = kernel_layouts(sites[0].module)[sites[0].tensor_name]
-    parametrization = SparseWeight(_weight(sites[0]), method, layout)
+    parametrization = SparseWeight(_weight(sites[0]), method, _layout(sites[0]))
     for site in sites:
         attach(site, parametrization)
     return _Kernel(name, sites, orders, parametrization)
+
+
+def _layout(site: Site) -> ChannelLayout:
+    return kernel_layouts(site.module)[site.tensor_name]
 
 
 def _weight(site: Site) -> torch.Tensor:

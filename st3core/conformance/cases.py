@@ -208,9 +208,10 @@ class Operation:
         groups: dict[str, Any] = {"group": self.group, "input_axis": self.input_axis}
         with np.errstate(over="ignore"):  # the scale can take the largest weights to infinity
             if self.cotangent is not None:
-                numbers = {"theta": 1.0 if method.theta is None else method.theta, "decay": method.decay}
-                given = self.cotangent.values, weight, self.threshold
-                return reference.backward(*given, rule=method.backward, **numbers, **groups)
+                theta = 1.0 if method.theta is None else method.theta
+                numbers: dict[str, Any] = {"theta": theta, "decay": method.decay}
+                grad = self.cotangent.values
+                return reference.backward(grad, weight, self.threshold, rule=method.backward, **numbers, **groups)
             how: dict[str, Any] = {"operator": method.operator, "rescale": method.rescale, "power": method.power}
             axes = self.channel_axes
             return reference.sparsify(weight, self.threshold, **how, channel_axes=axes, **groups)

@@ -6,6 +6,7 @@ gradients of 1/1024, so that all their sums of products are exact in float32.
 """
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import re
@@ -563,7 +564,7 @@ def operators_of_parts_are_parts_of_the_operator():
     for shape, layout in LAYOUTS:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             weight, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-            for name in ("st3", "hard_ste", "gmp"):
+            for name in ("st3", "hard_ste", "gmp", "feather"):
                 for placement in placements(len(shape)):
                     check_operator(weight, grad, get_method(name), layout, mesh, placement)
 
@@ -583,6 +584,45 @@ def check_operator(weight, grad, method, layout, mesh, placement):
         assert torch.equal(one == 0, other == 0)
         limits = torch.finfo(weight.dtype)
         torch.testing.assert_close(one, other, rtol=2 * limits.eps, atol=0)
+
+
+@check(2)
+def groups_within_shards_are_those_of_the_whole():
+    mesh = init_device_mesh("cpu", (2,))
+    for name in ("sr_ste", "st3"):
+        method = dataclasses.replace(get_method(name), scope="n:m")
+        for placement in placements(2):  # two groups in each part
+            check_operator(torch.randn(6, 16), torch.randn(6, 16), method, ChannelLayout(), mesh, placement)
+
+
+@check(2)
+def other_scopes_and_operators_are_sharded_as_one_process_does():
+    by_layer = dataclasses.replace(get_method("gmp"), scope="layer")
+    for method in ("feather", by_layer):
+        expected, thresholds, _ = alone(dist.get_world_size(), method=method)
+        for order in ORDERS:
+            model, sparsifier = sparsified(order, method=method)
+            found, _ = train(model, sparsifier, torch.optim.SGD(model.parameters(), **OPTIONS))
+            assert found == thresholds
+            assert sparsifier.sparsity == expected.sparsity
+
+
+@check(2)
+def groups_that_a_shard_cuts_are_refused():
+    half = PolynomialSchedule(0.5, begin_step=1, end_step=STEPS)
+    with pytest.raises(ValueError, match=r"groups of 2:4 must lie within a shard, got shards that cut 3.weight"):
+        Sparsifier(shard(make_model()), half, "sr_ste")
+    with pytest.raises(ValueError, match=r"must not have the rescale 'least_squares' where weights are sharded"):
+        Sparsifier(shard(make_model()), half, "s_ste")
+    model = shard(make_model())
+    sparsifier = Sparsifier(model, half, "sr_ste", exclude="3")
+    optimizer = torch.optim.SGD(model.parameters(), **OPTIONS)
+    train(model, sparsifier, optimizer)
+    expected = make_model()
+    whole_one = Sparsifier(expected, half, "sr_ste", exclude="3")
+    train(expected, whole_one, torch.optim.SGD(expected.parameters(), **OPTIONS))
+    assert sparsifier.sparsity == whole_one.sparsity
+    assert sparsifier.thresholds.keys() == {"0.weight", "7.weight", "10.weight"}
 
 
 @check(2)
