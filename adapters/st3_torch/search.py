@@ -15,6 +15,7 @@ from st3_torch.layers import ChannelLayout
 from st3_torch.memory import NUMPY_DTYPES
 from st3_torch.placements import is_dtensor
 from st3core.bounded import bounded_thresholds
+from st3core.costs import cost_counter
 from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method
 from st3core.operators import round_thresholds
@@ -32,6 +33,7 @@ def find(
     layouts: Sequence[ChannelLayout] = (),
     forecast: Forecast | None = None,
     min_density: Sequence[float] = (),
+    costs: Sequence[int] = (),
 ) -> Thresholds:
     """Threshold of every weight; see :func:`st3core.find_thresholds`.
 
@@ -40,8 +42,9 @@ def find(
         sparsity: share of zeros in [0, 1).
         method: its score and scope matter here.
         layouts: where the output channels of each are, for the scope ``"n:m"``.
-        forecast: from the searches before this one, of sharded weights.
+        forecast: from the searches before this one, of sharded weights or by costs.
         min_density: share of its weights that each keeps at least; if there are any.
+        costs: of a weight of each, if they differ.
 
     Raises:
         ValueError: a weight is NaN or infinite. On a device, :func:`read` says so.
@@ -55,7 +58,7 @@ def find(
 
     is_sharded = any(map(is_dtensor, tensors))
     limits = TRAVELLING if is_sharded else ALONE
-    if not is_sharded and not any(min_density) and device.suits(tensors):
+    if not is_sharded and not any(min_density) and not costs and device.suits(tensors):
         return find_on_device(tensors, sparsity, method, layouts)
     if method.scope != "global" and sparsity:
         count_thresholds(counter_of(range(len(tensors))), 0.0, units, dtypes)  # for its checks of the weights
@@ -67,8 +70,14 @@ def find(
     if any(min_density) and sparsity:
         sizes = [tensor.numel() for tensor in tensors]
         return bounded_thresholds(counter_of, sizes, sparsity, units, dtypes, min_density, limits)
-    counter, own = counter_of(range(len(tensors))), forecast if is_sharded else None
+    counter, own = counter_of(range(len(tensors))), forecast if is_sharded or costs else None
+    if costs:
+        counter = cost_counter(tensors, costs, _without_elements, lambda some: _counter(some, units, names))
     return count_thresholds(counter, sparsity, units, dtypes, own, limits=limits)
+
+
+def _without_elements(weight: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=weight.dtype, device=weight.device)
 
 
 def _alone(counter: Counter, unit: float, dtype: np.dtype[Any], sparsity: float, limits: Limits) -> float:

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from st3_torch import ddp, fsdp, search, sharded
+from st3_torch.costs import kernel_costs
 from st3_torch.density import least_densities
 from st3_torch.groups import check_shards
 from st3_torch.layers import ChannelLayout, Rule, Site, find_kernels, kernel_layouts, raw_parameter
@@ -95,12 +96,15 @@ class Sparsifier:
         min_density: share in [0, 1] of its weights that each kernel keeps at least, up to ties; or shares by name or
             glob pattern. The others give up more, so that the sparsity of all together stays what the schedule says.
             It takes several searches a step.
+        costs: of one weight of each kernel, by name, integers of 0 or more: from :func:`~st3_torch.weight_costs`, or
+            your own. The schedule's sparsity is then the share of the costs that goes, of multiply-adds for instance,
+            and no longer that of the weights. Not together with ``min_density``.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: ``method`` is unknown, a name or pattern matches no kernel, nothing is left to sparsify, a
-            weight is NaN or infinite, ``min_density`` leaves too few weights to remove, or the model is sparsified
-            already.
+            weight is NaN or infinite, ``min_density`` leaves too few weights to remove, a kernel has no cost, or the
+            model is sparsified already.
 
     References:
         ST-3, arXiv 2212.01076.
@@ -129,6 +133,7 @@ class Sparsifier:
         include: Rule | Sequence[Rule] | None = None,
         exclude: Rule | Sequence[Rule] | None = None,
         min_density: float | Mapping[str, float] = 0.0,
+        costs: Mapping[str, int] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Sparsifier: model must be a torch.nn.Module, got {model!r}")
@@ -154,7 +159,10 @@ class Sparsifier:
             raise ValueError(
                 f"Sparsifier: min_density must be 0 for a method of scope {self.method.scope!r}, got {min_density!r}"
             )
-        first = search.find(weights, schedule(0), self.method, layouts=layouts, min_density=self._min_density)
+        self._costs = kernel_costs(costs, sizes, self.method)
+        if self._min_density and self._costs:
+            raise ValueError(f"Sparsifier: min_density must be 0 where kernels have costs, got {min_density!r}")
+        first = self._search(weights, schedule(0), layouts)
         self._step = 0
         self._frozen = self._finalized = False
         self._applied_sparsity = self.schedule(0)
@@ -284,6 +292,11 @@ class Sparsifier:
         return dict(zip(self._named(self._raw()), self._min_density, strict=False))
 
     @property
+    def costs(self) -> dict[str, int]:
+        """What a weight of every kernel costs, divided by what divides all costs; empty if all cost the same."""
+        return dict(zip(self._named(self._raw()), self._costs, strict=False))
+
+    @property
     def sparsity(self) -> float:
         """Measured share of zeros over all the sparsified weights; of a sharded model, every process has to ask."""
         return sum(self._zeros()) / sum(shape.numel() for shape in self._shapes)
@@ -375,6 +388,7 @@ class Sparsifier:
             "method": method_state(self.method),
             "schedule": schedule_state(self.schedule),
             "min_density": self.min_density,
+            "costs": self.costs,
             "applied_sparsity": self._applied_sparsity,
             "frozen": self._frozen,
             "shapes": {kernel.name: list(shape) for kernel, shape in zip(self._kernels, self._shapes, strict=True)},
@@ -442,15 +456,23 @@ class Sparsifier:
             return [kernel.raw for kernel in self._kernels]
 
     def _find_thresholds(self, raw: Sequence[torch.Tensor], sparsity: float, plan: Plan | None) -> Thresholds:
-        if plan is not None and not self._min_density:
+        if plan is not None and not self._min_density and not self._costs:
             return plan.find_thresholds(sparsity)
         named = self._named(raw)
         _check_shapes(named, self._shapes)
         layouts = [kernel.parametrization.layout for kernel in self._kernels]
         check_shards(named, layouts, self.method)
-        return search.find(
-            named, sparsity, self.method, layouts=layouts, forecast=self._forecast, min_density=self._min_density
-        )
+        return self._search(named, sparsity, layouts, self._forecast)
+
+    def _search(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        sparsity: float,
+        layouts: Sequence[ChannelLayout],
+        forecast: Forecast | None = None,
+    ) -> Thresholds:
+        options = {"layouts": layouts, "forecast": forecast, "min_density": self._min_density, "costs": self._costs}
+        return search.find(weights, sparsity, self.method, **options)  # type: ignore[arg-type]
 
     def _set_thresholds(self, found: Thresholds, plan: Plan | None, sparsity: float) -> None:
         self._thresholds = found

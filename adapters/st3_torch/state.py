@@ -11,12 +11,11 @@ from st3core._state import MEMBER, check_kernels, check_settings, check_steps
 
 def check_state(own: Mapping[str, Any], state: Any) -> None:
     """Raise a ValueError that names what differs, unless ``state`` fits the Sparsifier whose state is ``own``."""
-    check_settings(own, state, ("method", "schedule", "min_density", "shapes", "thresholds", "masks"))
+    check_settings(own, state, ("method", "schedule", "min_density", "costs", "shapes", "thresholds", "masks"))
     check_kernels(own, state, ("shapes", "thresholds"))
-    if dict(state["min_density"]) != own["min_density"]:
-        raise ValueError(
-            f"{MEMBER}: state has min_density={state['min_density']}, but this Sparsifier has {own['min_density']}"
-        )
+    for part in ("min_density", "costs"):
+        if dict(state[part]) != own[part]:
+            raise ValueError(f"{MEMBER}: state has {part}={state[part]}, but this Sparsifier has {own[part]}")
     _check_tensors(own, state)
     check_steps(state, "step")
     applied = state["applied_sparsity"]
