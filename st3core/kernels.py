@@ -359,7 +359,7 @@ def count(chunks, scales, memory_format, magnitude_mask, interval, buffer, bins)
     keys, narrow = np.empty(2 * LOOK, interval.dtype), np.empty(2 * LOOK, np.float32)
     found = np.empty(2 * LOOK + 1, magnitude_mask.dtype)
     mask = magnitude_mask[0]  # unknown to LLVM: it would compare unsigned if it knew, which takes more instructions
-    below, inside, taken, largest = 0, 0, 0, interval.dtype.type(0)
+    below, inside, taken, largest = 0, 0, np.intp(0), interval.dtype.type(0)
     known, first, last = 0.0, mask, mask
     for c in range(chunks.shape[0]):
         source = array_at(chunks[c, 0], chunks[c, 1], magnitude_mask)
