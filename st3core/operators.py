@@ -250,17 +250,6 @@ def has_kernel(method: Method) -> bool:
     return method.operator != "power" and method.rescale != "least_squares" and method.scope != "n:m"
 
 
-def require_kernels(method: Method) -> Method:
-    """The method, if an adapter that knows kernels alone can train with it.
-
-    Raises:
-        ValueError: it can't.
-    """
-    if not has_kernel(method) or method.scope != "global" or method.backward in ("scaled", "decay"):
-        raise ValueError(f"Sparsifier: method must be one that this adapter has kernels for, got {method}")
-    return method
-
-
 def _forward(
     weight: np.ndarray, threshold: float, method: Method, axes: tuple[int, ...], along: int, scale: float | None
 ) -> np.ndarray:

@@ -5,6 +5,7 @@ operations. On the CPU a training step calls the core's kernels instead.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 
 from st3_keras import ops as st3_ops
 from st3_keras.backend import BACKEND, DTYPES, dtype_name
-from st3_keras.search import Ranks, find_thresholds
+from st3_keras.search import Ranks, find_own_thresholds, find_thresholds
 from st3core._validation import as_sparsity
 from st3core.method import Method, get_method
-from st3core.reference import position
+from st3core.reference import default_input_axis, position
 from st3core.search import tensor_units, thresholds_between
 
 
@@ -29,7 +30,6 @@ class Backend:
     dtypes: tuple[str, ...] = tuple(d for d in DTYPES if BACKEND != "jax" or d != "float64")
     flushes_subnormals = BACKEND != "torch"  # XLA and TensorFlow's thread pool do
     checks_weights = False  # within a compiled step nothing can raise
-    lacks = frozenset({"power", "least_squares", "scaled", "decay", "layer", "n:m"})
 
     def from_numpy(self, array: np.ndarray) -> Any:
         """Tensor with a copy of the memory."""
@@ -48,6 +48,8 @@ class Backend:
         count = sum(int(np.prod(shape)) for shape in shapes)
         if not count:
             raise ValueError("find_thresholds: weights must hold at least one weight, got only empty tensors")
+        if chosen.scope != "global" and share:
+            return self._own_thresholds(weights, share, chosen)
         rank, fraction = position(count, share) if share else (-1, 0.0)
         table = Ranks(0, 1, np.array([rank], np.int32), np.array([fraction]))
         _, found = find_thresholds(list(weights), ops.convert_to_tensor(0, "int32"), table, chosen, np.zeros(2))
@@ -57,6 +59,21 @@ class Backend:
         dtypes = [np.dtype(dtype_name(w)) for w in weights]
         units = tensor_units(shapes, dtypes, chosen)
         return thresholds_between(magnitudes.tolist(), share, count, units, dtypes)
+
+    def _own_thresholds(self, weights: Sequence[Any], sparsity: float, method: Method) -> NDArray[np.float64]:
+        """Of each tensor by itself; that of a layer is what the global search finds for it alone."""
+        if method.scope == "layer":
+            for weight in weights:
+                self.find_thresholds([weight], 0.0, method) if 0 not in weight.shape else None
+            plain = replace(method, scope="global")
+            found = [0.0 if 0 in w.shape else self.find_thresholds([w], sparsity, plain)[0] for w in weights]
+            return np.array(found)
+        tables = [Ranks(0, 1, np.array([0], np.int32), np.zeros(1)) for _ in weights]
+        axes = [default_input_axis(len(w.shape), (0,)[: len(w.shape)]) for w in weights]
+        limits, magnitudes = find_own_thresholds(list(weights), ops.convert_to_tensor(0, "int32"), tables, method, axes)
+        if np.isnan(ops.convert_to_numpy(magnitudes)).any():
+            raise ValueError("find_thresholds: weights must be finite, got NaN or infinity")
+        return np.array([float(self.to_numpy(limit)) for limit in limits])
 
     def sparsify(self, weight: Any, threshold: float, method: str | Method, channel_axis: int) -> Any:
         """:func:`st3_keras.ops.sparsify`."""

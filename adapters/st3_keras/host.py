@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from st3_keras.small_step import SmallStep, suits
-from st3core import PolynomialSchedule, sparsify
+from st3core import PolynomialSchedule, least_squares_scale, sparsify
 from st3core.counting import ArrayCounter
 from st3core.memory import MEMORY_FORMATS
 from st3core.method import Method
-from st3core.operators import PreparedOperator, is_walkable, unit_table
-from st3core.search import Forecast, neighbouring_magnitudes, tensor_units, thresholds_between
+from st3core.operators import PreparedOperator, has_kernel, is_walkable, unit_table
+from st3core.search import Forecast, find_named_thresholds, neighbouring_magnitudes, tensor_units, thresholds_between
 
 Found = tuple[np.ndarray, np.ndarray]
 """Limits, that is thresholds rounded to each kernel's dtype; and the two neighbouring magnitudes (equation 2b)."""
@@ -31,6 +31,7 @@ class HostStep:
         shapes: of each.
         dtypes: of each.
         channel_axes: of each, sorted and not negative.
+        input_axes: of each, not negative.
         method: what to compute.
         schedule: sparsity as a function of the step.
     """
@@ -41,11 +42,13 @@ class HostStep:
         shapes: Sequence[tuple[int, ...]],
         dtypes: Sequence[np.dtype[Any]],
         channel_axes: Sequence[tuple[int, ...]],
+        input_axes: Sequence[int],
         method: Method,
         schedule: PolynomialSchedule,
     ) -> None:
         self.names, self.shapes, self.dtypes, self.channel_axes = names, shapes, dtypes, channel_axes
-        self.method, self.schedule = method, schedule
+        self.input_axes, self.method, self.schedule = input_axes, method, schedule
+        self.limit_count = len(names) * (2 if method.rescale == "least_squares" else 1)
         self.units = tensor_units(shapes, dtypes, method)
         self.size = sum(map(prod, shapes))
         self.small = SmallStep(self) if suits(self) else None
@@ -77,7 +80,7 @@ class HostStep:
             return small
         with self._lock:
             self._place(addresses)
-            found = self._search(step) if self.is_due(step, applied) else last
+            found = self._search(step, last[0]) if self.is_due(step, applied) else last
             self._write(found[0])
         return found
 
@@ -85,11 +88,11 @@ class HostStep:
         """Whether the schedule has an update after ``step`` steps, and the last search was for an earlier one."""
         return step > applied and self.schedule.is_update_step(step)
 
-    def find(self, step: int, addresses: NDArray[np.int64]) -> Found:
-        """The search alone, for the sparsity after ``step`` steps."""
+    def find(self, step: int, addresses: NDArray[np.int64], limits: np.ndarray) -> Found:
+        """The search alone, for the sparsity after ``step`` steps; ``limits`` are those of the search before."""
         with self._lock:
             self._place_sources(addresses)
-            return self._search(step)
+            return self._search(step, limits)
 
     def write(self, limits: np.ndarray, addresses: NDArray[np.int64]) -> None:
         """The operator alone."""
@@ -107,18 +110,45 @@ class HostStep:
             values = [t.astype(dtype).astype(np.float64) for t, dtype in zip(thresholds, self.dtypes, strict=True)]
         return np.array(values)
 
-    def _search(self, step: int) -> Found:
+    def _search(self, step: int, last: np.ndarray) -> Found:
         assert self._counter is not None
-        magnitudes = neighbouring_magnitudes(self._counter, self.schedule(step), self._forecast)
-        return self.rounded(self.exact_thresholds(step, magnitudes)), np.array(magnitudes)
+        if self.method.scope == "global":
+            magnitudes = neighbouring_magnitudes(self._counter, self.schedule(step), self._forecast)
+            thresholds = self.exact_thresholds(step, magnitudes)
+        else:
+            given = self._weights(), self.schedule(step), self.method, self.names, self.input_axes
+            thresholds = find_named_thresholds(*given)
+            magnitudes = (float(thresholds.max()),) * 2
+        return self._with_scales(self.rounded(thresholds), last), np.array(magnitudes)
+
+    def _with_scales(self, limits: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """The limits, and behind them the factors of least squares, each fixed at its first limit above 0."""
+        count = len(limits)
+        if self.method.rescale != "least_squares":
+            return limits
+        scales = last[count:].astype(np.float64)
+        for kernel in np.flatnonzero((limits > 0) & (scales == 0)).tolist():
+            axes = {"channel_axis": self.channel_axes[kernel], "input_axis": self.input_axes[kernel]}
+            scales[kernel] = least_squares_scale(self._array(0, kernel), float(limits[kernel]), self.method, **axes)
+        return np.concatenate([limits, scales])
 
     def _write(self, limits: np.ndarray) -> None:
         for members, dtype, operator in self._operators or []:
             operator(limits[members].astype(dtype))
+        count = len(self.names)
         for kernel in self._others:
             weight, output = (self._array(row, kernel) for row in (0, 1))
-            axes = self.channel_axes[kernel]
-            sparsify(weight, float(limits[kernel]), self.method, channel_axis=axes, out=output, check_finite=False)
+            scale = float(limits[count + kernel]) if len(limits) > count and limits[kernel] > 0 else None
+            sparsify(
+                weight,
+                float(limits[kernel]),
+                self.method,
+                channel_axis=self.channel_axes[kernel],
+                input_axis=self.input_axes[kernel],
+                scale=scale,
+                out=output,
+                check_finite=False,
+            )
 
     def _place_sources(self, addresses: NDArray[np.int64]) -> None:
         """Let the search see the raw weights where they are."""
@@ -143,7 +173,8 @@ class HostStep:
             self._placed = addresses
 
     def _prepared(self) -> list[tuple[list[int], np.dtype[Any], PreparedOperator]]:
-        walkable = [w.size and is_walkable(w, axes) for w, axes in zip(self._weights(), self.channel_axes, strict=True)]
+        pairs, known = zip(self._weights(), self.channel_axes, strict=True), has_kernel(self.method)
+        walkable = [known and w.size and is_walkable(w, axes) for w, axes in pairs]
         self._others = [kernel for kernel, walks in enumerate(walkable) if not walks]
         prepared = []
         for memory in MEMORY_FORMATS.values():

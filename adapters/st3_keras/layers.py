@@ -9,6 +9,7 @@ import keras
 from keras import layers
 
 from st3_keras.backend import DTYPES, dtype_name
+from st3core.reference import default_input_axis
 
 Rule = str | type[keras.layers.Layer] | Callable[[str, keras.layers.Layer], bool]
 """A layer's or variable's path or glob pattern, a layer type, or ``predicate(path, layer)``."""
@@ -22,12 +23,14 @@ class Kernel:
         name: its path in the model.
         variable: the model's own variable.
         channel_axes: axes that number the output channels, sorted and not negative.
+        input_axis: axis that groups of N:M weights run along.
         layers: every layer that holds it.
     """
 
     name: str
     variable: Any
     channel_axes: tuple[int, ...]
+    input_axis: int
     layers: list[keras.layers.Layer] = field(default_factory=list, compare=False)
 
 
@@ -72,6 +75,14 @@ def channel_axes(layer: keras.layers.Layer, variable: Any) -> tuple[int, ...] | 
     return None
 
 
+def input_axis(layer: keras.layers.Layer, variable: Any, channels: tuple[int, ...]) -> int:
+    """Axis of the input channels: the last of a transposed convolution, else the nearest ahead of the output's."""
+    rank = len(variable.shape)
+    if isinstance(layer, (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)):
+        return rank - 1
+    return default_input_axis(rank, channels)
+
+
 def _einsum_axes(layer: keras.layers.Layer, rank: int) -> tuple[int, ...]:
     inputs, _, output = layer.equation.replace(" ", "").partition("->")
     letters = inputs.split(",")[1]
@@ -114,7 +125,9 @@ def find_kernels(
             skipped[first] = reason
             continue
         _check_dtype(candidate)
-        kernel = kernels.setdefault(key, Kernel(first, candidate.variable, candidate.channel_axes))
+        axes = candidate.channel_axes
+        along = input_axis(candidate.layer, candidate.variable, axes)
+        kernel = kernels.setdefault(key, Kernel(first, candidate.variable, axes, along))
         kernel.layers.append(candidate.layer)
     if not kernels:
         raise ValueError(

@@ -16,7 +16,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from st3_keras.backend import BACKEND, can_call_host, compute_dtype, constant, dtype_name, not_compiled
-from st3_keras.ops import masked
+from st3_keras.ops import ruled
 from st3_keras.plan import Plan
 from st3_keras.regularizer import penalty_gradient
 from st3core import PolynomialSchedule
@@ -71,7 +71,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         raw = [self._add_raw(variable) for variable in forward]
         wide_keys = any(dtype_name(v) == "float64" for v in forward)
         dtype = "float64" if wide_keys else "float32"
-        self._limits = self.add_variable((len(raw),), dtype=dtype, name="limits")
+        count = len(raw) * (2 if plan.method.rescale == "least_squares" else 1)
+        self._limits = self.add_variable((count,), dtype=dtype, name="limits")
         self._magnitudes = self.add_variable((2,), dtype=dtype, name="magnitudes")
         self._clock = self.add_variable((3,), dtype="int32", name="clock")
         plan.attach([self._var_key(v) for v in forward], forward, raw)
@@ -125,8 +126,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if place is None or grad is None:
             return grad
         raw = ops.convert_to_tensor(self._plan.raw[place])
-        if self._plan.method.backward == "masked":
-            grad = masked(ops.convert_to_tensor(grad), raw, ops.cast(self._limits[place], raw.dtype))
+        if self._plan.method.backward != "straight_through":
+            limit = ops.cast(self._limits[place], raw.dtype)
+            grad = ruled(ops.convert_to_tensor(grad), raw, limit, self._plan.method, self._plan.input_axes[place])
         penalty = self._plan.penalties[place]
         if penalty is None:
             return grad
@@ -152,7 +154,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _find_anew(self, step: int) -> None:
         """Find the threshold for the sparsity after ``step`` steps, on the host and outside of any compiled code."""
         if self._plan.schedule(step):
-            limits, magnitudes = self._plan.find(step, [constant(raw) for raw in self._plan.raw])
+            raw = [constant(variable) for variable in self._plan.raw]
+            limits, magnitudes = self._plan.find(step, raw, constant(self._limits))
             self._limits.assign(limits)
             self._magnitudes.assign(magnitudes)
             self._clock.assign(np.array([step, *constant(self._clock)[1:]], np.int32))
@@ -175,7 +178,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             arrays[place] = constant(self._plan.forward[place])
         step = self.applied_step
         if places and not self.is_frozen and self._plan.schedule(step):
-            _, magnitudes = self._plan.find(step, arrays)
+            _, magnitudes = self._plan.find(step, arrays, constant(self._limits))
         return arrays, magnitudes
 
     def adopt(self, places: Sequence[int]) -> None:
@@ -223,7 +226,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return max(int(constant(self._clock)[0]), 0)
 
     def exact_thresholds(self) -> NDArray[np.float64]:
-        """Threshold of every kernel in float64."""
+        """Threshold of every kernel in float64; where each has its own, as it was rounded to the kernel's dtype."""
+        if self._plan.method.scope != "global":
+            own: NDArray[np.float64] = constant(self._limits)[: len(self._plan.raw)].astype(np.float64)
+            return own
         return self._plan.host.exact_thresholds(self.applied_step, [float(x) for x in constant(self._magnitudes)])
 
     def threshold_state(self) -> dict[str, Any]:
@@ -234,7 +240,15 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             "applied_step": self.applied_step,
             "magnitudes": [float(x) for x in magnitudes],
             "frozen": self.is_frozen,
+            **self._limit_state(),
         }
+
+    def _limit_state(self) -> dict[str, Any]:
+        """Limits and scales, where the magnitudes do not say them."""
+        method = self._plan.method
+        if method.scope == "global" and method.rescale != "least_squares":
+            return {}
+        return {"limits": constant(self._limits).astype(np.float64).tolist()}
 
     def load_threshold_state(self, state: dict[str, Any]) -> None:
         """Take over a checked state: raw weights, threshold and count of steps; and write the forward weights."""
@@ -243,8 +257,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         offset = state["step"] - int(constant(self.iterations))
         self._clock.assign(np.array([state["applied_step"], offset, state["frozen"]], np.int32))
         self._magnitudes.assign(np.array(state["magnitudes"]))
-        limits = np.zeros(len(self._plan.raw)) if state["frozen"] else self._plan.host.rounded(self.exact_thresholds())
-        self._limits.assign(limits)
+        if "limits" in self._limit_state():
+            self._limits.assign(np.array(state["limits"]))
+        else:
+            frozen = np.zeros(len(self._plan.raw))
+            self._limits.assign(frozen if state["frozen"] else self._plan.host.rounded(self.exact_thresholds()))
         self._write_all()
 
     def freeze(self) -> None:
@@ -255,7 +272,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             average = averages.get(self._var_key(raw))
             if average is not None:  # of dense weights, which an average of the frozen ones cannot start from
                 average.assign(constant(variable))
-        self._limits.assign(np.zeros(len(self._plan.raw)))
+        self._limits.assign(np.zeros(self._limits.shape))
         self._clock.assign(np.array([*constant(self._clock)[:2], 1], np.int32))
         self._plan.frozen = True
 
@@ -341,7 +358,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         values: list[np.ndarray] = [constant(averages.get(self._var_key(v), v)) for v in variables]
         raw = [values[index] for index in plan.indices]
         frozen, step = self.is_frozen, self.applied_step
-        limits = np.zeros(len(raw)) if frozen or not plan.schedule(step) else plan.find(step, raw)[0]
+        limits = np.zeros(self._limits.shape)
+        if not frozen and plan.schedule(step):
+            limits = plan.find(step, raw, constant(self._limits))[0]
         for place, value in enumerate(plan.forward_values(raw, limits)):
             values[plan.indices[place]] = np.where(constant(plan.forward[place]) == 0, 0, value) if frozen else value
         return values

@@ -12,12 +12,13 @@ from st3_keras import calls
 from st3_keras.backend import BACKEND, are_local, as_stored, can_call_host, constant, dtype_name, is_traced, wide
 from st3_keras.host import Found, HostStep
 from st3_keras.layers import Kernel
-from st3_keras.ops import forward_weight
+from st3_keras.ops import forward_weight, least_squares_scale
 from st3_keras.regularizer import RawPenalty
-from st3_keras.search import find_thresholds, ranks
+from st3_keras.search import find_own_thresholds, find_thresholds, ranks
 from st3core import PolynomialSchedule
 from st3core._state import method_state, schedule_state
 from st3core.method import Method
+from st3core.reference import default_input_axis
 
 
 class Plan:
@@ -33,6 +34,7 @@ class Plan:
         self.names = [str(kernel["name"]) for kernel in kernels]
         self.indices = [int(kernel["index"]) for kernel in kernels]
         self.channel_axes = [tuple(kernel["channel_axes"]) for kernel in kernels]
+        self._input_axes = [kernel.get("input_axis") for kernel in kernels]
         self.method, self.schedule = method, schedule
         self.forward: list[Any] = []
         self.raw: list[Any] = []
@@ -59,7 +61,9 @@ class Plan:
                 variable.regularizer = RawPenalty(self.penalties[place], partial(self.readable, place), self.is_in_use)
         dtypes = [np.dtype(dtype_name(v)) for v in raw]
         shapes = [tuple(v.shape) for v in raw]
-        self.host = HostStep(self.names, shapes, dtypes, self.channel_axes, self.method, self.schedule)
+        given = zip(self._input_axes, shapes, self.channel_axes, strict=True)
+        self.input_axes = [default_input_axis(len(s), axes) if a is None else int(a) for a, s, axes in given]
+        self.host = HostStep(self.names, shapes, dtypes, self.channel_axes, self.input_axes, self.method, self.schedule)
         self.local = are_local(raw)
         self.xla_step: Any = None
         if BACKEND == "jax" and self.local:
@@ -83,9 +87,11 @@ class Plan:
 
     def get_config(self) -> dict[str, Any]:
         """Plain numbers and strings."""
-        parts = zip(self.names, self.indices, self.channel_axes, strict=True)
+        parts = zip(self.names, self.indices, self.channel_axes, self._input_axes, strict=True)
         return {
-            "kernels": [{"name": n, "index": i, "channel_axes": list(axes)} for n, i, axes in parts],
+            "kernels": [
+                {"name": n, "index": i, "channel_axes": list(axes), "input_axis": along} for n, i, axes, along in parts
+            ],
             "method": method_state(self.method),
             "frozen": self.frozen,
             "schedule": schedule_state(self.schedule),
@@ -146,10 +152,17 @@ class Plan:
 
     def _renewed_inside(self, step: Any, state: list[Any], raw: list[Any]) -> Any:
         limits, magnitudes, clock = state
-        table = ranks(self.schedule, self.count)
+        single = self.method.scope != "global"
+        sizes = [int(np.prod(w.shape)) for w in raw] if single else [self.count]
+        tables = [ranks(self.schedule, max(size, 1)) for size in sizes]
 
         def search() -> tuple[Any, Any, Any]:
-            found, around = find_thresholds(raw, step, table, self.method, magnitudes)
+            if single:
+                found, around = find_own_thresholds(raw, step, tables, self.method, self.input_axes)
+            else:
+                found, around = find_thresholds(raw, step, tables[0], self.method, magnitudes)
+            if self.method.rescale == "least_squares":
+                found = [*found, *self._scales_inside(raw, found, limits)]
             stacked = ops.stack([ops.cast(limit, limits.dtype) for limit in found])
             return stacked, around, ops.stack([step, clock[1], clock[2]])
 
@@ -159,13 +172,24 @@ class Plan:
         with wide():
             return ops.cond(ops.logical_and(due, step > clock[0]), search, lambda: (limits, magnitudes, clock))
 
-    def find(self, step: int, raw: Sequence[np.ndarray]) -> Found:
+    def _scales_inside(self, raw: list[Any], found: Sequence[Any], last: Any) -> list[Any]:
+        """Factors of least squares, each fixed at its first limit above 0."""
+        scales, count = [], len(raw)
+        for place, (weight, limit) in enumerate(zip(raw, found, strict=True)):
+            new = ops.cast(least_squares_scale(weight, limit, self.method, self.input_axes[place]), last.dtype)
+            old = last[count + place]
+            scales.append(ops.where(old > 0, old, ops.where(limit > 0, new, ops.zeros_like(new))))
+        return scales
+
+    def find(self, step: int, raw: Sequence[np.ndarray], limits: np.ndarray) -> Found:
         """The search alone, on the host: limits and magnitudes for the sparsity after ``step`` steps.
+
+        ``limits`` are those of the search before: what was fixed then stays.
 
         Raises:
             ValueError: a weight is NaN or infinite; the message names it.
         """
-        return self.host.find(step, calls.addresses(raw, raw))
+        return self.host.find(step, calls.addresses(raw, raw), limits)
 
     def forward_values(self, raw: Sequence[np.ndarray], limits: np.ndarray) -> list[np.ndarray]:
         """Forward weights of these raw weights, new arrays."""
@@ -185,10 +209,18 @@ class Plan:
             self.assign(calls.on_arrays(call, [constant(weight) for weight in raw]))
 
     def _write_inside(self, raw: list[Any], limits: Any) -> None:
-        cases = zip(raw, self.channel_axes, strict=True)
+        has_scales, count = self.method.rescale == "least_squares", len(raw)
+        cases = zip(raw, self.channel_axes, self.input_axes, strict=True)
         self.assign(
-            forward_weight(weight, ops.cast(limits[place], weight.dtype), self.method, axes)
-            for place, (weight, axes) in enumerate(cases)
+            forward_weight(
+                weight,
+                ops.cast(limits[place], weight.dtype),
+                self.method,
+                axes,
+                input_axis=along,
+                scale=limits[count + place] if has_scales else None,
+            )
+            for place, (weight, axes, along) in enumerate(cases)
         )
 
     def assign(self, values: Iterable[Any]) -> None:
@@ -200,4 +232,12 @@ class Plan:
 def kernel_config(kernels: Sequence[Kernel], trainable_variables: Sequence[Any]) -> list[dict[str, Any]]:
     """What :class:`SparseOptimizer` takes for these kernels."""
     index = {id(v): i for i, v in enumerate(trainable_variables)}
-    return [{"name": k.name, "index": index[id(k.variable)], "channel_axes": list(k.channel_axes)} for k in kernels]
+    return [
+        {
+            "name": k.name,
+            "index": index[id(k.variable)],
+            "channel_axes": list(k.channel_axes),
+            "input_axis": k.input_axis,
+        }
+        for k in kernels
+    ]

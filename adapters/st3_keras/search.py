@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from st3_keras.backend import compute_dtype, dtype_name, wide
+from st3_keras.ops import group_limits
 from st3core import PolynomialSchedule
 from st3core.method import Method
 from st3core.reference import position
@@ -95,6 +96,40 @@ def find_thresholds(
         magnitudes = ops.stack([both[0], second_magnitude])
         magnitudes = ops.where(ops.logical_and(rank < 0, ops.isfinite(largest)), ops.zeros_like(both), magnitudes)
         return [known[case] for case in zip(dtypes, units, strict=True)], magnitudes
+
+
+def find_own_thresholds(
+    weights: Sequence[Any], step: Any, tables: Sequence[Ranks], method: Method, input_axes: Sequence[int]
+) -> tuple[list[Any], Any]:
+    """Threshold of every tensor by itself, for the scopes ``"layer"`` and ``"n:m"``.
+
+    Args:
+        weights: tensors of floating dtypes.
+        step: 0-d int32, at least the tables' ``begin``.
+        tables: ranks by update, one for each tensor.
+        method: its score and scope matter here.
+        input_axes: axis of the groups of each, not negative.
+
+    Returns:
+        As :func:`find_thresholds`; of the magnitudes only whether they are NaN means something.
+    """
+    key_float = "float64" if any(dtype_name(w) == "float64" for w in weights) else "float32"
+    with wide():
+        found, spoilt = [], ops.cast(0.0, key_float)
+        for weight, table, axis in zip(weights, tables, input_axes, strict=True):
+            if 0 in weight.shape:
+                found.append(_zero(dtype_name(weight)))
+                continue
+            if method.scope == "layer":
+                [limit], _ = find_thresholds([weight], step, table, method, np.zeros(2))
+            else:
+                index = ops.minimum((step - table.begin) // table.frequency, len(table.rank) - 1)
+                is_on = ops.take(ops.convert_to_tensor(table.rank), index) >= 0
+                largest = ops.max(group_limits(ops.abs(weight), method.group, axis))
+                limit = ops.where(is_on, largest, ops.zeros_like(largest))
+            found.append(limit)
+            spoilt = spoilt + ops.cast(ops.sum(weight * 0), key_float)  # NaN if a weight is not finite
+        return found, ops.stack([spoilt, spoilt])
 
 
 def order_statistics(keys: Any, rank: Any, guess: Any, key_float: str) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from st3_keras import compiled_step, linked
 from st3_keras.compiled_step import BEGIN, FORECAST, FREQUENCY, HARD, NUMBERS, RESCALE, TENSORS, TOKEN
 from st3core import kernels, threads
 from st3core.memory import chunk_table
-from st3core.operators import is_walkable, unit_table
+from st3core.operators import has_kernel, is_walkable, unit_table
 from st3core.reference import position
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class SmallStep:
 def suits(host: "HostStep") -> bool:
     """Whether compiled code does the whole step: float32, work for one thread, and a schedule that fits a table."""
     sizes, schedule = [prod(shape) for shape in host.shapes], host.schedule
+    if not has_kernel(host.method) or host.method.scope != "global":
+        return False
     if config.DISABLE_JIT or min(sizes) == 0 or sum(sizes) >= threads.SERIAL_BELOW:
         return False
     if any(dtype != np.float32 for dtype in host.dtypes):

@@ -20,7 +20,6 @@ from st3_keras.state import check_state
 from st3core import PolynomialSchedule
 from st3core._state import method_state, schedule_state
 from st3core.method import Method, get_method
-from st3core.operators import require_kernels
 from st3core.report import LayerReport, Report
 
 _trainers: "weakref.WeakValueDictionary[int, Sparsifier]" = weakref.WeakValueDictionary()
@@ -39,7 +38,8 @@ class Sparsifier(keras.callbacks.Callback):
         model: any Keras model; if it is compiled and built, its optimizer is wrapped at once, otherwise as soon as
             ``fit`` has built it.
         schedule: sparsity as a function of the completed optimizer steps.
-        method: name of a preset (``"st3"``, ``"st3_sigma"``, ``"hard_ste"``, ``"gmp"``), or a
+        method: name of a preset (``"st3"``, ``"st3_sigma"``, ``"hard_ste"``, ``"gmp"``, ``"feather"``, ``"sr_ste"``,
+            ``"s_ste"``; with groups of N:M weights the schedule has to end at 1 - N/M), or a
             :class:`st3core.Method`.
         include: sparsify only these kernels: paths of layers or variables, glob patterns, layer types, or
             ``predicate(path, layer) -> bool``; one of them or a list. Default: every kernel of a known layer.
@@ -84,7 +84,7 @@ class Sparsifier(keras.callbacks.Callback):
         if optimizer is not None and not isinstance(optimizer, keras.optimizers.Optimizer):
             raise TypeError(f"Sparsifier: optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
         self.schedule = schedule
-        self.method = require_kernels(get_method(method))
+        self.method = get_method(method).aimed_at(schedule.target_sparsity)
         self._rules = (include, exclude)
         self._given = optimizer
         self._sparse: SparseOptimizer | None = None

@@ -48,7 +48,7 @@ class XlaStep:
     def __init__(self, host: HostStep, on_host: Callable[[bool, int, State, NDArray[np.int64]], State]) -> None:
         self._on_host, self.tensors, token = on_host, len(host.shapes), next(_tokens)
         wide = np.float64 if np.float64 in host.dtypes else np.float32
-        self._state = ((self.tensors,), wide), ((2,), wide), ((3,), np.int32)
+        self._state = ((host.limit_count,), wide), ((2,), wide), ((3,), np.int32)
         self._numbers = host.small.numbers.copy() if host.small else np.zeros(NUMBERS, np.int64)
         self._numbers[[TOKEN, CALLBACK]] = token, ctypes.cast(_ask_python, ctypes.c_void_p).value or 0
         _steps[token] = self
