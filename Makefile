@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 KERAS := $(VENV)/.keras
 MUTATION := $(VENV)/.mutation
 
-.PHONY: demo test test-keras check docs bench conformance mutation stress study clean
+.PHONY: demo test test-keras check docs bench conformance mutation stress study study-quick clean
 
 ifndef BACKEND
 demo: $(READY)
@@ -51,9 +51,13 @@ mutation: $(MUTATION)  ## break the core in many small ways, and see whether its
 stress: $(READY)  ## call from many threads and processes at once: no crash, no wrong bit
 	$(RUN) benchmarks.stress
 
-study: $(READY)  ## accuracy at 99 % zeros: ST-3 against its neighbours, five seeds; writes docs/accuracy.md
+study: $(READY)  ## methods against sparsities on three tasks, five seeds; goes on where it was; writes docs/accuracy.md
+	$(RUN) benchmarks.study
 	$(RUN) benchmarks.accuracy
 	$(RUN) benchmarks.accuracy_page
+
+study-quick: $(READY)  ## a few steps of every method on every task: whether the study works
+	$(RUN) benchmarks.study --quick --out $(VENV)/study-quick.jsonl
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'st3core needs Python 3.11 or newer, this is ' + sys.version"

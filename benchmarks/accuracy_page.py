@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.accuracy_keras import ROWS, compare
 from benchmarks.grid import Grid
+from benchmarks.study.page import draw, section
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/accuracy.json"
@@ -16,13 +17,16 @@ BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 
 _PAGE = """# Accuracy
 
+{study}
+## Handwritten digits at {zeros} zeros
+
 The network and recipe of `examples/digits.py`, scikit-learn's handwritten digits, {zeros} zeros, {epochs} epochs,
 {seeds} seeds for each method. One test image of {images} is {image:.2f} %.
 
 Read it with care: a tiny network on a tiny data set. The recipe is that of ST-3 and was not tuned for its neighbours.
 Other seeds, versions and machines give other figures.
 
-## The methods, in PyTorch
+### The methods, in PyTorch
 
 {methods}
 
@@ -30,7 +34,7 @@ Mean and standard deviation over the seeds.
 
 Measured with {versions}.
 
-## Keras beside the PyTorch adapter
+### Keras beside the PyTorch adapter
 
 The same network through `examples/digits_keras.py`, on each backend: the same split of the images, the same first
 weights, and the same batches in the same order. The last column is the difference from the PyTorch adapter in standard
@@ -51,18 +55,21 @@ Measured with {keras_versions}.
 
 ## How to repeat it
 
-`make study` trains the networks of the first table and writes this page; `python -m benchmarks.accuracy_keras` trains
-those of the second one, and `python -m benchmarks.accuracy_page` writes the page again. Their `--help` lists what can
-be varied. The numbers are in `benchmarks/results/accuracy.json` and `accuracy_keras.json`.
+`make study` trains the networks of the study, those of the table of methods at one sparsity, and writes this page;
+what the study has trained before it keeps, so that it may be stopped. `make study-quick` trains every method for a few
+steps, which says that it works and nothing more. `python -m benchmarks.accuracy_keras` trains the networks in Keras,
+and `python -m benchmarks.accuracy_page` writes the page again. `--help` lists what can be varied. The numbers are in
+`benchmarks/results/study.jsonl`, `accuracy.json` and `accuracy_keras.json`.
 """
 
 
-def page(figures: dict[str, Any], keras: dict[str, Any]) -> str:
+def page(figures: dict[str, Any], keras: dict[str, Any], study: str) -> str:
     """Text of the page."""
     settings, methods = figures["settings"], figures["methods"]
     compared = _compared(methods, keras["backends"], settings["seeds"])
     apart = {pair: abs(row["difference_in_errors"]) for pair, row in compared.items()}
     return _PAGE.format(
+        study=study,
         zeros=f"{100 * settings['sparsity']:g} %",
         epochs=settings["epochs"],
         seeds=settings["seeds"],
@@ -83,7 +90,8 @@ def page(figures: dict[str, Any], keras: dict[str, Any]) -> str:
 def write() -> None:
     """Write the page from the committed figures."""
     figures, keras = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, KERAS_RESULTS))
-    PAGE.write_text(page(figures, keras), encoding="utf-8")
+    draw()
+    PAGE.write_text(page(figures, keras, section()), encoding="utf-8")
 
 
 def _compared(methods: dict[str, Any], backends: dict[str, Any], seeds: int) -> dict[tuple[str, str], dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from benchmarks.grid import Grid, number
-from benchmarks.study.plan import ABLATED_AT, GROUP_METHODS, GROUPS, METHODS, RAMPS, SPARSITIES, VARIANTS, Run
+from benchmarks.study.plan import ABLATED_AT, GROUP_METHODS, GROUPS, METHODS, SPARSITIES, VARIANTS, Run
 from benchmarks.study.tasks import TASKS
 
 PATH = Path(__file__).parent.parent / "results/study.jsonl"
@@ -37,7 +37,7 @@ class Summary(NamedTuple):
     """Of a sample."""
     half: float
     """Half of the confidence interval of the mean, from Student's distribution."""
-    count: int
+    seeds: int
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -60,12 +60,30 @@ def by_kind(found: Found, figure: str = "score") -> dict[tuple[str, str, float],
     return {kind: summarize([own[figure] for _, own in group]) for kind, group in groupby(ordered, key)}
 
 
+def differences(found: Found, task: str, method: str, base: str, sparsity: float) -> Summary | None:
+    """How much higher ``method`` scores than ``base``, seed by seed; None if no seed has both."""
+    scores = {
+        (run.method, run.seed): own["score"] for run, own in found if (run.task, run.sparsity) == (task, sparsity)
+    }
+    seeds = sorted({seed for _, seed in scores})
+    pairs = [(scores.get((method, seed)), scores.get((base, seed))) for seed in seeds]
+    known = [one - other for one, other in pairs if one is not None and other is not None]
+    return summarize(known) if known else None
+
+
+def verdict(difference: Summary, higher_is_better: bool) -> str:
+    """What an interval says: only one without zero says anything."""
+    if difference.seeds < 2 or abs(difference.mean) <= difference.half:
+        return "undecided"
+    return "better" if (difference.mean > 0) == higher_is_better else "worse"
+
+
 def grids(found: Found) -> list[Grid]:
     """All tables, task by task."""
     scores, zeros = by_kind(found), by_kind(found, "sparsity")
     tables = []
     for task in dict.fromkeys(run.task for run, _ in found):
-        tables += [methods_grid(scores, task), groups_grid(scores, zeros, task), ablation_grid(scores, task)]
+        tables += [methods_grid(scores, task), groups_grid(scores, zeros, task), ablation_grid(found, task)]
     return [table for table in tables if table.rows]
 
 
@@ -94,15 +112,38 @@ def groups_grid(
     return _grid(f"{TASKS[task].title}: N:M groups, {TASKS[task].score}", tuple(columns), rows)
 
 
-def ablation_grid(scores: dict[tuple[str, str, float], Summary], task: str) -> Grid:
-    """ST-3 with one part replaced."""
-    columns = ("ST-3 with", *(f"{100 * sparsity:g} % zeros" for sparsity in ABLATED_AT))
-    names = {"st3": "everything", **{name: name for name in (*VARIANTS, *RAMPS)}}
-    names |= {"hard_ste": "hard threshold, no rescale", "gmp": "hard threshold, no rescale, masked gradient"}
-    known = [name for name in names if any((task, name, s) in scores for s in ABLATED_AT)]
-    rows = [(names[name], *(_cell(scores.get((task, name, s))) for s in ABLATED_AT)) for name in known]
-    wanted = any((task, name, s) in scores for name in VARIANTS for s in ABLATED_AT)
-    return _grid(f"{TASKS[task].title}: parts of ST-3, {TASKS[task].score}", columns, rows if wanted else [])
+PARTS = {
+    "no rescale": "no rescale",
+    "least-squares scale": "least-squares scale",
+    "hard threshold": "hard threshold",
+    "hard_ste": "hard threshold, no rescale (`hard_ste`)",
+    "masked gradient": "masked gradient",
+    "gmp": "hard threshold, no rescale, masked gradient (`gmp`)",
+    "linear ramp": "linear ramp",
+    "all at once": "all zeros at once",
+}
+"""What stands in the place of parts of ST-3, by method."""
+
+
+def ablation_grid(found: Found, task: str) -> Grid:
+    """ST-3 with one part replaced, and by how much that changes the score."""
+    columns = ["ST-3 with"]
+    for sparsity in ABLATED_AT:
+        columns += [f"change at {100 * sparsity:g} % zeros", "so it is"]
+    rows = []
+    for method, name in PARTS.items():
+        row = [name]
+        for sparsity in ABLATED_AT:
+            change = differences(found, task, method, "st3", sparsity)
+            if change is None:
+                row += ["", ""]
+            else:
+                row += [f"{change.mean:+.2f} ± {change.half:.2f}", verdict(change, TASKS[task].higher_is_better)]
+        rows.append(tuple(row))
+    has_variants = any(run.task == task and run.method in VARIANTS for run, _ in found)
+    return _grid(
+        f"{TASKS[task].title}: parts of ST-3, {TASKS[task].score}", tuple(columns), rows if has_variants else []
+    )
 
 
 def _grid(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Grid:

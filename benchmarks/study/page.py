@@ -1,0 +1,112 @@
+"""The part of the page on accuracy that the study writes: tables, pictures, and what follows from them."""
+
+from pathlib import Path
+
+from benchmarks import machine
+from benchmarks.study import plot
+from benchmarks.study.plan import METHODS, SPARSITIES
+from benchmarks.study.results import (
+    CONFIDENCE,
+    PATH,
+    Found,
+    ablation_grid,
+    by_kind,
+    differences,
+    groups_grid,
+    methods_grid,
+    read,
+    verdict,
+)
+from benchmarks.study.tasks import TASKS
+
+IMAGES = Path(__file__).parent.parent.parent / "docs/images"
+SHOWN_AT = 0.98
+
+_TEXT = """## The study
+
+{count} networks, {seeds} of each kind: methods against sparsities on {tasks}. Every method has the recipe of its task,
+and nothing of it was tuned for any of them; zeros spread from 5 % to 50 % of the steps. The number behind ± is half of
+the {confidence:g} % confidence interval of the mean. Which data, networks and recipes: `benchmarks/study/tasks.py`.
+
+Trained with `{command}` at commit {commits}, on {machines}; {versions}.
+
+{sections}"""
+
+_TASK = """### {title}
+
+![{score} against zeros and multiply-adds](images/study-{task}.png)
+
+{score}:
+
+{methods}
+
+{findings}
+
+Groups of N:M weights along the input dimension; a layer with fewer inputs than a group keeps more of them:
+
+{groups}
+
+![Zeros of each layer, threshold and crossings](images/study-{task}-way.png)
+"""
+
+_ABLATION = """
+Parts of ST-3: what replacing one does to the {score}, seed by seed against ST-3 itself:
+
+{ablation}
+"""
+
+
+def section() -> str:
+    """The text, from the lines that the study has written."""
+    found = read(PATH)
+    settings = [own["setting"] for _, own in found]
+    tasks = [task for task in TASKS if any(run.task == task for run, _ in found)]
+    counts = sorted({own.seeds for own in by_kind(found).values()})
+    return _TEXT.format(
+        count=len(found),
+        seeds=" to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))),
+        tasks=f"{len(tasks)} tasks",
+        confidence=100 * CONFIDENCE,
+        command=settings[0]["command"],
+        commits=", ".join(dict.fromkeys(own["commit"] for own in settings)),
+        machines="; ".join(dict.fromkeys(machine.name(own) for own in settings)),
+        versions=machine.versions(settings[0]),
+        sections="\n".join(_task(found, task) for task in tasks),
+    )
+
+
+def draw() -> None:
+    """All pictures."""
+    found = read(PATH)
+    for task in TASKS:
+        if any(run.task == task for run, _ in found):
+            plot.draw_task(found, task, IMAGES / f"study-{task}.png")
+            plot.draw_way(found, task, SHOWN_AT, IMAGES / f"study-{task}-way.png")
+
+
+def _task(found: Found, task: str) -> str:
+    kind, scores, zeros = TASKS[task], by_kind(found), by_kind(found, "sparsity")
+    ablation = ablation_grid(found, task)
+    text = _TASK.format(
+        title=kind.title,
+        task=task,
+        score=kind.score.capitalize(),
+        methods=methods_grid(scores, task).markdown(),
+        findings="\n".join(_findings(found, task)),
+        groups=groups_grid(scores, zeros, task).markdown(),
+    )
+    return text + (_ABLATION.format(score=kind.score, ablation=ablation.markdown()) if ablation.rows else "")
+
+
+def _findings(found: Found, task: str) -> list[str]:
+    """A line for each neighbour: where it is better or worse than ST-3 beyond doubt."""
+    lines = []
+    for method in METHODS[1:]:
+        places: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+        for sparsity in SPARSITIES:
+            change = differences(found, task, method, "st3", sparsity)
+            if change is not None:
+                places[verdict(change, TASKS[task].higher_is_better)].append(f"{100 * sparsity:g} %")
+        known = [f"{name} at {', '.join(at)}" for name, at in places.items() if at]
+        lines.append(f"- `{method}` beside `st3`: {'; '.join(known)}.")
+    return lines
