@@ -128,8 +128,8 @@ class HostStep:
             return limits
         scales = last[count:].astype(np.float64)
         for kernel in np.flatnonzero((limits > 0) & (scales == 0)).tolist():
-            axes = {"channel_axis": self.channel_axes[kernel], "input_axis": self.input_axes[kernel]}
-            scales[kernel] = least_squares_scale(self._array(0, kernel), float(limits[kernel]), self.method, **axes)
+            weight, along = self._array(0, kernel), self.input_axes[kernel]
+            scales[kernel] = least_squares_scale(weight, float(limits[kernel]), self.method, input_axis=along)
         return np.concatenate([limits, scales])
 
     def _write(self, limits: np.ndarray) -> None:
