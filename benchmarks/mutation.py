@@ -34,7 +34,7 @@ from tests import conftest as conftest  # for its profiles
 ROOT = Path(__file__).parent.parent
 
 MODULES = (
-    "reference", "search", "counting", "bounded", "kernels", "operators", "schedule", "method", "memory", "threads",
+    "reference", "search", "counting", "bounded", "costs", "kernels", "operators", "schedule", "method", "memory", "threads",
     "report", "spool", "_validation", "_state",
 )  # fmt: skip
 
