@@ -227,8 +227,10 @@ def _renewed(
     with jax.enable_x64(True):
         weights = Weights(arrays, method, [mesh_axes for _, mesh_axes in kinds])
         is_renewed, rank, fraction = ramp.update(state.step, weights.size)
-        names = [name for name, _ in kinds]
-        renewed: State = lax.cond(is_renewed, lambda: _searched(weights, names, rank, fraction, state), lambda: state)
+        search_now = partial(_searched, weights, [name for name, _ in kinds], rank, fraction, state)
+        if ramp.is_dense:  # outside of a condition XLA uses several threads on a CPU
+            return jax.tree.map(partial(jnp.where, is_renewed), search_now(), state)
+        renewed: State = lax.cond(is_renewed, search_now, lambda: state)
         return renewed
 
 
@@ -240,7 +242,7 @@ def _searched(weights: Weights, names: Sequence[str], rank: jax.Array, fraction:
     thresholds = {name: limits[kind] for name, kind in zip(names, weights.kinds, strict=True)}
     key = integer_of(weights.common)
     first, second = (neighbour.astype(key) for neighbour in found)
-    moved = first - last
+    moved = jnp.where(last > 0, first - last, 0)  # the first threshold says nothing of the second
     forecast = Forecast(moved, jnp.maximum(jnp.abs(moved - trend), error // 2))
     return state._replace(thresholds=thresholds, neighbours=(first, second), forecast=forecast)
 
