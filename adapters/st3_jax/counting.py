@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 
 from st3_jax.keys import integer_of, own_keys
-from st3_jax.rows import SMALL, counts_added
+from st3_jax.rows import SMALL, WIDE, counts_added
 
 PIVOTS = 7
 """Bounds that one pass over the weights counts for."""
@@ -38,6 +38,11 @@ def count_below(weight: jax.Array, bounds: jax.Array) -> jax.Array:
     keys, limits = own_keys(weight), bounds.astype(integer_of(weight.dtype))
     shifts = [np.int32(_FIELD * i) for i in range(PIVOTS)]
     packed = sum((keys < limits[i]).astype(np.int32) << shift for i, shift in enumerate(shifts))
-    packed = counts_added(jnp.asarray(packed), 2**_FIELD - 1)
+    packed = counts_added(_as_rows(jnp.asarray(packed)), 2**_FIELD - 1)
     fields = [counts_added((packed >> shift) & np.int32(2**_FIELD - 1), _ROWS) for shift in shifts]
-    return jnp.stack(fields).sum(tuple(range(1, keys.ndim + 1)), dtype=np.int64)
+    return jnp.stack(fields).sum(tuple(range(1, packed.ndim + 1)), dtype=np.int64)
+
+
+def _as_rows(counts: jax.Array) -> jax.Array:
+    """One axis as two, filled up with zeros."""
+    return jnp.pad(counts, (0, -counts.size % (WIDE * _ROWS))).reshape(-1, WIDE) if counts.ndim == 1 else counts

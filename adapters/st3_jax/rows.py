@@ -10,7 +10,7 @@ from jax import lax
 SMALL = 1 << 13
 """Elements of an array up to which nothing pays."""
 
-_WIDE = 64
+WIDE = 64
 """Elements of a row, at least, for which adding rows pays."""
 
 
@@ -21,7 +21,7 @@ def few_rows(shape: Sequence[int], axes: Sequence[int], most: int) -> tuple[int,
     """
     for axis in sorted(axes, reverse=True):
         rows = max(d for d in range(1, most + 1) if shape[axis] % d == 0)
-        if rows > 1 and prod(shape[axis + 1 :]) >= _WIDE:
+        if rows > 1 and prod(shape[axis + 1 :]) >= WIDE:
             return axis, rows
     return None
 

@@ -44,7 +44,7 @@ class Sparsifier:
         exclude: leave these dense; same kinds.
         channel_axis: axis of the output channels, which the rescale treats one by one; or axes by name or pattern.
             The last one by default, where Flax has it; Equinox has it first.
-        sharded: within ``shard_map``, the :class:`~jax.sharding.PartitionSpec` of every leaf that is spread over
+        sharded: within ``shard_map``, the ``PartitionSpec`` of every leaf that is spread over
             devices, by name or pattern. Not needed under ``jit``, where JAX knows.
 
     Raises:
@@ -91,7 +91,7 @@ class Sparsifier:
             params: pytree of raw parameters.
 
         Returns:
-            The state: some numbers for each leaf, no arrays of weights.
+            The state, which has some numbers for each leaf and no arrays of weights.
 
         Raises:
             TypeError: a leaf that ``include`` names is no floating-point array.
