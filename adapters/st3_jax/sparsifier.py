@@ -229,8 +229,9 @@ def _renewed(
         is_renewed, rank, fraction = ramp.update(state.step, weights.size)
         search_now = partial(_searched, weights, [name for name, _ in kinds], rank, fraction, state)
         if ramp.is_dense:  # outside of a condition XLA uses several threads on a CPU
-            return jax.tree.map(partial(jnp.where, is_renewed), search_now(), state)
-        renewed: State = lax.cond(is_renewed, search_now, lambda: state)
+            renewed: State = jax.tree.map(partial(jnp.where, is_renewed), search_now(), state)
+        else:
+            renewed = lax.cond(is_renewed, search_now, lambda: state)
         return renewed
 
 
