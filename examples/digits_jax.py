@@ -245,8 +245,8 @@ def save_and_reload(variables: Tree, data: Digits, path: Path) -> None:
     """Save the network; the one loaded from the file must give the same scores."""
     save_file({name: np.asarray(array) for name, array in flatten_dict(variables, sep="/").items()}, path)
     loaded = unflatten_dict(load_file(path), sep="/")
-    saved, read = (np.asarray(Network().apply(chosen, data.test_images)) for chosen in (variables, loaded))
-    if not np.array_equal(saved, read):
+    saved, again = (np.asarray(Network().apply(chosen, data.test_images)) for chosen in (variables, loaded))
+    if not np.array_equal(saved, again):
         raise RuntimeError(f"the network loaded from {path} gives other scores than the one that was saved")
 
 

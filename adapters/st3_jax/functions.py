@@ -29,7 +29,7 @@ def find_thresholds(weights: Sequence[jax.Array], sparsity: float, method: str |
         method: name of a preset, or a :class:`st3core.Method`; its score matters here.
 
     Returns:
-        float64, one threshold for each array: those of :func:`st3core.find_thresholds`, to the bit.
+        float64, one threshold for each array, to the bit that of :func:`st3core.find_thresholds`.
 
     Raises:
         TypeError: ``weights`` does not hold such arrays, or ``sparsity`` is not a number.

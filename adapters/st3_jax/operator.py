@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from st3_jax.leaves import MeshAxes
+from st3_jax.rows import float64_sum
 from st3core.method import Method
 from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET, SUM_SCALE, compute_dtype
 
@@ -68,8 +69,9 @@ def channel_scale(values: jax.Array, limit: jax.Array, channel_axes: tuple[int, 
     others = tuple(axis for axis in range(values.ndim) if axis not in channel_axes)
     names = tuple(name for axis in others for name in mesh_axes[axis])
     with jax.enable_x64(True):  # sums run in float64, also where JAX has been told to do without
-        magnitudes = jnp.abs(values)
-        everything, left = (_mean(m, others, names) for m in (magnitudes, jnp.where(magnitudes > limit, magnitudes, 0)))
+        everything = _mean(jnp.abs(values), others, names)
+        apart = jnp.abs(lax.optimization_barrier(values))  # or XLA keeps a copy of what both have in common
+        left = _mean(jnp.where(apart > limit, apart, 0), others, names)
         ratio = (left + RESCALE_EPSILON) / (everything + RESCALE_EPSILON)
         return (RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)).astype(values.dtype)
 
@@ -78,5 +80,5 @@ def _mean(magnitudes: jax.Array, axes: tuple[int, ...], names: tuple[str, ...]) 
     """Mean in float64 over these axes, and over the shards along these mesh axes."""
     size = prod([magnitudes.shape[axis] for axis in axes]) * prod(map(lax.axis_size, names))
     scale = SUM_SCALE if magnitudes.dtype == np.float64 else 1.0  # for the largest
-    total = (magnitudes.astype(np.float64) * scale).sum(axes, keepdims=True)
+    total = float64_sum(magnitudes if scale == 1 else magnitudes * scale, axes)
     return (lax.psum(total, names) if names else total) / size / scale

@@ -24,7 +24,7 @@ def sparsified(
     """An optimizer that renews the thresholds after each of its steps.
 
     The loss is still to be computed with ``sparsifier.apply(params, find_state(opt_state))``. Put it outermost, but
-    inside of what skips or gathers steps (:func:`optax.MultiSteps`, :func:`optax.apply_if_finite`).
+    inside of what skips or gathers steps (``optax.MultiSteps``, ``optax.apply_if_finite``).
 
     Args:
         optimizer: trains the raw parameters.

@@ -23,6 +23,11 @@ class Ramp:
         steps = schedule.begin_step + frequency * np.arange(self._last + 1)
         self._sparsities = [schedule(int(step)) for step in steps]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the threshold is renewed after every step, from the first one on."""
+        return self._schedule.update_frequency == 1
+
     def sparsity_of(self, step: int) -> float:
         """Sparsity that the threshold after ``step`` completed steps is for: that of the last update."""
         if step < self._schedule.begin_step:

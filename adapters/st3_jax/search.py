@@ -1,6 +1,7 @@
 """The exact global threshold within a compiled step: counting in narrower and narrower intervals (equation 2)."""
 
 from collections.abc import Sequence
+from functools import partial, reduce
 from math import prod
 from typing import Any, NamedTuple
 
@@ -9,14 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from st3_jax.counting import PIVOTS, count_below, smallest_from
-from st3_jax.keys import Kind, common_float, common_keys, infinity, own_bounds, own_keys
+from st3_jax.counting import PIVOTS, count_below
+from st3_jax.keys import Kind, common_float, infinity, own_bounds
 from st3_jax.leaves import MeshAxes
 from st3core.method import Method
 from st3core.search import tensor_units
 
 _LEAST_REACH = 16
 """Keys on either side of the forecast that are looked at first, at least."""
+
+
+_STRAIGHT, _LARGE = 3, 1 << 20
+"""Passes that are compiled one by one where there are so many weights; a search in training takes about as many."""
 
 
 class Interval(NamedTuple):
@@ -61,7 +66,7 @@ class Weights:
         self.infinity = infinity(self.common)
         self.size = sum(map(prod, shapes))
         self._parts = [
-            _Part(own_keys(array), kind, tuple(name for names in own for name in names))
+            _Part(array, kind, tuple(name for names in own for name in names))
             for array, kind, own in zip(arrays, self.kinds, spread, strict=True)
             if array.size
         ]
@@ -71,24 +76,15 @@ class Weights:
         own = {kind: own_bounds(bounds, kind, self.common) for kind in set(self.kinds)}
         total = jnp.zeros(PIVOTS, np.int64)
         for names in {part.mesh_axes for part in self._parts}:
-            count = sum(count_below(p.keys, own[p.kind]) for p in self._parts if p.mesh_axes == names)
+            count = sum(count_below(p.array, own[p.kind]) for p in self._parts if p.mesh_axes == names)
             total += lax.psum(count, names) if names else count
         return total
 
-    def smallest_from(self, bound: jax.Array) -> jax.Array:
-        """The smallest common key at or above a bound; that of infinity where there is none."""
-        smallest = jnp.int64(self.infinity)
-        for keys, kind, names in self._parts:
-            own = smallest_from(keys, own_bounds(bound[None], kind, self.common)[0])
-            found = common_keys(jnp.minimum(own, infinity(kind.dtype)), kind, self.common)
-            smallest = jnp.minimum(smallest, lax.pmin(found, names) if names else found)
-        return smallest
-
 
 class _Part(NamedTuple):
-    """Keys of one tensor, or of this device's shard of it."""
+    """One tensor, or this device's shard of it."""
 
-    keys: jax.Array
+    array: jax.Array
     kind: Kind
     mesh_axes: tuple[str, ...]
 
@@ -96,6 +92,17 @@ class _Part(NamedTuple):
 def whole_shape(array: jax.Array, mesh_axes: MeshAxes) -> list[int]:
     """Shape of the array of which this is a shard."""
     return [length * prod(map(lax.axis_size, names)) for length, names in zip(array.shape, mesh_axes, strict=True)]
+
+
+class _Progress(NamedTuple):
+    """What is known after some passes."""
+
+    first: Interval
+    """Where the key of the rank is."""
+    second: Interval
+    """Where the key of the next rank is."""
+    passes: jax.Array
+    are_finite: jax.Array
 
 
 def find_neighbours(weights: Weights, rank: jax.Array, forecast: jax.Array, reach: jax.Array) -> Neighbours:
@@ -110,26 +117,35 @@ def find_neighbours(weights: Weights, rank: jax.Array, forecast: jax.Array, reac
     Returns:
         The two keys; that of infinity as the second where there is none.
     """
-    top = jnp.int64(weights.infinity)
-    start = Interval(jnp.int64(0), top, jnp.int64(0), jnp.int64(weights.size))
-    reach = jnp.maximum(reach, _LEAST_REACH)
-    around = jnp.stack([forecast - reach, forecast, forecast + reach]).clip(1, weights.infinity - 1)
-    pivots = jnp.concatenate([around, top[None]])
-    counts = weights.count_below(pivots)
-    are_finite = counts[-1] == weights.size
-
-    def narrow(interval: Interval) -> Interval:
-        pivots = _pivots(interval, rank)
-        return _narrowed(interval, pivots, weights.count_below(pivots), rank)
-
-    first = lax.while_loop(
-        lambda interval: are_finite & (interval.high - interval.low > 1),
-        narrow,
-        _narrowed(start, pivots, counts, rank),
+    top, zero = jnp.int64(weights.infinity), jnp.int64(0)
+    size = jnp.int64(weights.size)
+    start = _Progress(
+        Interval(zero, top, zero, size), Interval(zero, top + 1, zero, size + 1), jnp.int32(0), jnp.bool_(True)
     )
-    has_tie = rank + 1 < first.through
-    second = lax.cond(has_tie, lambda: first.low, lambda: weights.smallest_from(first.high))
-    return Neighbours(jnp.where(are_finite, first.low, top), jnp.where(are_finite, second, top))
+    hint = _around(forecast, reach, weights.infinity)
+
+    def narrow(known: _Progress) -> _Progress:
+        interval = jax.tree.map(partial(jnp.where, _is_open(known.first)), known.first, known.second)
+        wanted = jnp.where(_is_open(known.first), rank, rank + 1)
+        pivots = jnp.where(known.passes == 0, hint, _pivots(interval, wanted))
+        counts = weights.count_below(pivots)
+        first, second = (
+            _narrowed(one, pivots, counts, own) for one, own in ((known.first, rank), (known.second, rank + 1))
+        )
+        are_finite = jnp.where(known.passes == 0, counts[-1] == size, known.are_finite)
+        return _Progress(first, second, known.passes + 1, are_finite)
+
+    def goes_on(known: _Progress) -> jax.Array:
+        return known.are_finite & (_is_open(known.first) | _is_open(known.second))
+
+    # On a CPU, XLA uses several threads outside of loops alone.
+    straight = _STRAIGHT if weights.size >= _LARGE else 0
+    found = lax.while_loop(goes_on, narrow, reduce(lambda known, _: narrow(known), range(straight), start))
+    return Neighbours(*(jnp.where(found.are_finite, one.low, top) for one in (found.first, found.second)))
+
+
+def _is_open(interval: Interval) -> jax.Array:
+    return interval.high - interval.low > 1
 
 
 def _narrowed(interval: Interval, pivots: jax.Array, counts: jax.Array, rank: jax.Array) -> Interval:
@@ -142,17 +158,23 @@ def _narrowed(interval: Interval, pivots: jax.Array, counts: jax.Array, rank: ja
     return Interval(low, high, below, through)
 
 
+def _around(forecast: jax.Array, reach: jax.Array, infinity: int) -> jax.Array:
+    """Keys to count first: near the forecast, farther away, and that of infinity, which tells what is not finite."""
+    unit = jnp.maximum(reach, _LEAST_REACH) // 4
+    around = forecast + unit * np.array([-16, -4, -1, 1, 4, 16])
+    return jnp.concatenate([around.clip(1, infinity - 1), jnp.array([infinity])])
+
+
 def _pivots(interval: Interval, rank: jax.Array) -> jax.Array:
-    """Keys to count next: two near the rank's place among evenly spread keys, and two that divide the interval."""
+    """Keys to count next: near the rank's place among evenly spread keys, and one that halves the interval."""
     width, inside = interval.high - interval.low, interval.through - interval.below
     share = (rank - interval.below + 0.5) / inside
     middle = interval.low + (width * share).astype(np.int64)
-    deviation = jnp.sqrt(inside * share * (1 - share)) + 1
-    margin = (deviation * width / inside).astype(np.int64) + 1
-    near = jnp.stack([middle - margin, middle + margin])
-    apart = interval.low + jnp.stack([width // 3, 2 * width // 3])
+    deviation = (jnp.sqrt(inside * share * (1 - share)) + 0.5) * width / inside
+    near = middle + (deviation * np.array([-3, -1, -0.3, 0.3, 1, 3])).astype(np.int64)
+    half = interval.low + width // 2
     every = interval.low + 1 + np.arange(PIVOTS)
-    pivots = jnp.where(width > PIVOTS + 1, jnp.concatenate([near, apart]), every)
+    pivots = jnp.where(width > PIVOTS + 1, jnp.append(near, half), every)
     return pivots.clip(interval.low + 1, interval.high - 1)
 
 

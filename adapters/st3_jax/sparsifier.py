@@ -44,7 +44,7 @@ class Sparsifier:
         exclude: leave these dense; same kinds.
         channel_axis: axis of the output channels, which the rescale treats one by one; or axes by name or pattern.
             The last one by default, where Flax has it; Equinox has it first.
-        sharded: within ``shard_map``, the :class:`~jax.sharding.PartitionSpec` of every leaf that is spread over
+        sharded: within ``shard_map``, the ``PartitionSpec`` of every leaf that is spread over
             devices, by name or pattern. Not needed under ``jit``, where JAX knows.
 
     Raises:
@@ -91,7 +91,7 @@ class Sparsifier:
             params: pytree of raw parameters.
 
         Returns:
-            The state: some numbers for each leaf, no arrays of weights.
+            The state, which has some numbers for each leaf and no arrays of weights.
 
         Raises:
             TypeError: a leaf that ``include`` names is no floating-point array.
@@ -227,8 +227,11 @@ def _renewed(
     with jax.enable_x64(True):
         weights = Weights(arrays, method, [mesh_axes for _, mesh_axes in kinds])
         is_renewed, rank, fraction = ramp.update(state.step, weights.size)
-        names = [name for name, _ in kinds]
-        renewed: State = lax.cond(is_renewed, lambda: _searched(weights, names, rank, fraction, state), lambda: state)
+        search_now = partial(_searched, weights, [name for name, _ in kinds], rank, fraction, state)
+        if ramp.is_dense:  # outside of a condition XLA uses several threads on a CPU
+            renewed: State = jax.tree.map(partial(jnp.where, is_renewed), search_now(), state)
+        else:
+            renewed = lax.cond(is_renewed, search_now, lambda: state)
         return renewed
 
 
@@ -240,7 +243,7 @@ def _searched(weights: Weights, names: Sequence[str], rank: jax.Array, fraction:
     thresholds = {name: limits[kind] for name, kind in zip(names, weights.kinds, strict=True)}
     key = integer_of(weights.common)
     first, second = (neighbour.astype(key) for neighbour in found)
-    moved = first - last
+    moved = jnp.where(last > 0, first - last, 0)  # the first threshold says nothing of the second
     forecast = Forecast(moved, jnp.maximum(jnp.abs(moved - trend), error // 2))
     return state._replace(thresholds=thresholds, neighbours=(first, second), forecast=forecast)
 

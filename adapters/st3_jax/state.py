@@ -26,7 +26,7 @@ class State(NamedTuple):
     thresholds: dict[str, jax.Array]
     """Threshold of every sparsified leaf, rounded to its dtype."""
     neighbours: tuple[jax.Array, jax.Array]
-    """Bit patterns of the magnitudes next to the threshold: the last that becomes zero, the first that stays."""
+    """Bit patterns of the magnitudes next to the threshold, the last that becomes zero and the first that stays."""
     forecast: Forecast
     mask: dict[str, jax.Array] | None = None
     """Where the weights are kept once they are frozen; None before."""
