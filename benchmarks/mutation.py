@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 
 MODULES = (
     "reference", "search", "counting", "bounded", "costs", "kernels", "operators", "schedule", "method", "memory",
-    "threads", "report", "spool", "_validation", "_state",
+    "threads", "report", "patterns", "logs", "spool", "_validation", "_state",
 )  # fmt: skip
 
 FIRST, LAST = ("test_golden.py", "test_vectors.py"), ("test_operators.py", "test_search.py")

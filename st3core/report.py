@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,20 @@ class Report:
         skipped = [f"skipped {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join([str(capture.get()).rstrip(), stored, *skipped])
 
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Save a bar chart of every tensor's sparsity.
+    def plot(self, path: str | PathLike[str] | None = None) -> "Figure":
+        """Draw a bar chart of every tensor's sparsity.
 
         Args:
-            path: of the file to write; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
+            path: of the file to write; the suffix decides the format (``.png``, ``.svg``, ``.pdf``). None: write none.
+
+        Returns:
+            The figure; a notebook shows it if it is what a cell ends with.
+
+        Raises:
+            ImportError: Matplotlib is not installed.
         """
         try:
+            import matplotlib.pyplot  # noqa: F401 # lets notebooks show figures
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(
@@ -153,7 +161,9 @@ class Report:
             ) from error
         figure = Figure(figsize=(7, 1.5 + 0.3 * len(self.layers)), layout="constrained")
         self.draw(figure.subplots())
-        figure.savefig(path, dpi=150)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
 
     def draw(self, axes: "Axes") -> None:
         """Draw the bar chart of :meth:`plot` into existing Matplotlib axes."""

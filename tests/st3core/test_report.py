@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 from hypothesis import given
@@ -151,6 +152,19 @@ def test_plot_writes_what_the_suffix_says(tmp_path, suffix):
     REPORT.plot(tmp_path / f"sparsity.{suffix}")
     start = (tmp_path / f"sparsity.{suffix}").read_bytes()[:5]
     assert start == {"png": b"\x89PNG\r", "svg": b"<?xml", "pdf": b"%PDF-"}[suffix]
+
+
+def test_plot_without_a_path_is_a_figure():
+    figure = REPORT.plot()
+    assert isinstance(figure, Figure)
+    assert [axes.get_title() for axes in figure.axes] == ["Sparsity per tensor, st3"]
+
+
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'st3core\[report\]'"):
+        REPORT.plot()
 
 
 def test_reports_are_frozen():
