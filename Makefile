@@ -21,14 +21,14 @@ demo: $(KERAS)  ## sparse-train a network on handwritten digits; BACKEND=tensorf
 endif
 
 test: $(KERAS)  ## all tests: the core and PyTorch, the core without compilation, then Keras on each of its backends
-	$(RUN) pytest -n 2
-	NUMBA_DISABLE_JIT=1 $(RUN) pytest -n 2 -m core
+	$(RUN) pytest -n 2 --dist worksteal
+	NUMBA_DISABLE_JIT=1 $(RUN) pytest -n 2 --dist worksteal -m core
 	$(MAKE) test-keras BACKEND=tensorflow
 	$(MAKE) test-keras BACKEND=jax
 	$(MAKE) test-keras BACKEND=torch
 
 test-keras: $(KERAS)  ## the Keras adapter on one backend: BACKEND=tensorflow, jax or torch
-	KERAS_BACKEND=$(or $(BACKEND),torch) $(RUN) pytest -n 2 tests/st3_keras adapters/st3_keras \
+	KERAS_BACKEND=$(or $(BACKEND),torch) $(RUN) pytest -n 2 --dist worksteal tests/st3_keras adapters/st3_keras \
 		tests/test_docs.py -k "st3_keras or keras.md or tfmot.md"
 
 check: docs  ## style, types, and the documentation

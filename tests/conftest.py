@@ -4,6 +4,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from numba import config
 
 # No deadline: the first call of a kernel compiles it. Derandomised: a red run is red again.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=100, database=None)
@@ -14,7 +15,9 @@ hypothesis.settings.register_profile(
     max_examples=30,
     phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
 )
-hypothesis.settings.load_profile("default")
+# The same code once more, and slower: fewer cases.
+hypothesis.settings.register_profile("uncompiled", hypothesis.settings.get_profile("default"), max_examples=30)
+hypothesis.settings.load_profile("uncompiled" if config.DISABLE_JIT else "default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
