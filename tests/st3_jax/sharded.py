@@ -24,7 +24,7 @@ SPECS = {
 def made_params():
     """Large enough for their rows to be folded."""
     generator = np.random.default_rng(0)
-    shapes = {"first": (48, 128), "second": (128, 64)}
+    shapes = {"first": (96, 128), "second": (128, 96)}
     return {
         name: {"kernel": jnp.asarray(generator.standard_normal(shape), np.float32), "bias": jnp.zeros(shape[1])}
         for name, shape in shapes.items()

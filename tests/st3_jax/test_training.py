@@ -89,8 +89,9 @@ def test_the_first_threshold_is_that_of_the_initial_sparsity():
         assert int(state.step) == 0
 
 
-def test_between_updates_the_threshold_stays_and_the_weights_move():
-    sparsifier = Sparsifier(replace(SCHEDULE, begin_step=1, end_step=8, update_frequency=3))
+@pytest.mark.parametrize("end", [8, 2])  # in one of them the target comes with the first update after the start
+def test_between_updates_the_threshold_stays_and_the_weights_move(end):
+    sparsifier = Sparsifier(replace(SCHEDULE, begin_step=1, end_step=end, update_frequency=3))
     params = made_params()
     state, expected = sparsifier.init(params), {"first/kernel": 0.0, "second/kernel": 0.0}
     for step in range(1, 13):
