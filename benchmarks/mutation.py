@@ -33,10 +33,7 @@ from tests import conftest as conftest  # for its profiles
 
 ROOT = Path(__file__).parent.parent
 
-MODULES = (
-    "reference", "search", "counting", "bounded", "costs", "kernels", "operators", "schedule", "method", "memory",
-    "threads", "report", "patterns", "logs", "spool", "_validation", "_state",
-)  # fmt: skip
+MODULES = tuple(sorted(mutation_page.modules()))
 
 FIRST, LAST = ("test_golden.py", "test_vectors.py"), ("test_operators.py", "test_search.py")
 """Tests that see much in little time, and tests that take long."""

@@ -67,7 +67,7 @@ does not end, or as good as. {timeouts}
 the project only. Reasons stand in `benchmarks/mutation_survivors.toml`. `python -m benchmarks.mutation --survivors`
 tests again what survived the last time, and what is new, and `--page-only` writes the page anew.
 
-These results: the core of commit {commit}; {machine}; {versions}; Cosmic Ray {tool}.
+These results: the core of commit {commit}; {machine}; {versions}; Cosmic Ray {tool}. {newer}
 """
 
 
@@ -106,6 +106,17 @@ def module_grid(figures: dict[str, Any]) -> Grid:
     return Grid("Mutants", columns, (*lines, _line("all", sum(places.values()), rows)))
 
 
+def modules() -> set[str]:
+    """Modules of the core as it is."""
+    return {path.stem for path in (ROOT / "st3core").glob("*.py")} - {"__init__"}
+
+
+def _newer(figures: dict[str, Any]) -> str:
+    found = sorted(modules() - figures["setting"]["places"].keys())
+    named = ", ".join(f"`{name}`" for name in found)
+    return f"Modules that are newer, and not in the sample yet: {named}." if found else "They take in every module."
+
+
 def page(figures: dict[str, Any]) -> str:
     """Text of the page."""
     setting, rows = figures["setting"], figures["mutants"]
@@ -115,6 +126,7 @@ def page(figures: dict[str, Any]) -> str:
         killed=len(rows) - len(left),
         share=f"{100 * share_killed(figures):.1f}",
         survived=len(left),
+        newer=_newer(figures),
         modules=module_grid(figures).markdown(),
         timeouts=_timeouts(rows),
         survivors=_reasons(left) or "None.",
