@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_MOST = 1 << 53
+"""Up to here ranks are exact in float64."""
+
 
 def as_costs(costs: Sequence[SupportsIndex], sizes: Sequence[int], function: str) -> list[int]:
     """Checked costs of one weight of each tensor, divided by what divides all of them.
 
     Raises:
         TypeError: ``costs`` is not a sequence of integers.
-        ValueError: it is not of the tensors' number, one is negative, or no weight costs anything.
+        ValueError: it is not of the tensors' number, one is negative, no weight costs anything, or all together cost
+            more than 2**53.
     """
-    if isinstance(costs, (str, bytes)) or not isinstance(costs, (Sequence, np.ndarray)):
+    if isinstance(costs, (str, bytes)) or not isinstance(costs, (Sequence, np.ndarray)) or np.ndim(costs) != 1:
         raise TypeError(f"{function}: costs must be a sequence of integers, one a tensor, got {costs!r}")
     for index, cost in enumerate(costs):
         if isinstance(cost, (bool, np.bool_)) or not hasattr(cost, "__index__"):
@@ -36,7 +40,10 @@ def as_costs(costs: Sequence[SupportsIndex], sizes: Sequence[int], function: str
     if any(sizes) and not any(cost * size for cost, size in zip(found, sizes, strict=True)):
         raise ValueError(f"{function}: costs must be above 0 for a weight at least, got {found}")
     divisor = math.gcd(*found) or 1
-    return [cost // divisor for cost in found]
+    reduced = [cost // divisor for cost in found]
+    if sum(cost * size for cost, size in zip(reduced, sizes, strict=True)) > _MOST:
+        raise ValueError(f"{function}: costs must add up to at most 2**53 over all weights, got {found}; round them")
+    return reduced
 
 
 def require_global(method: Method, function: str) -> None:

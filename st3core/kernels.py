@@ -465,10 +465,11 @@ def of_ranks(keys, ranks, interval, found):  # type: ignore[no-untyped-def]
         interval: in the type of the keys; all of them are in ``[interval[0], interval[1])``.
         found: a key for each rank.
     """
+    low, high = np.int64(interval[0]), np.int64(interval[1])  # signed too: Numba would join both kinds to float64
     if keys.itemsize == 4:  # signed, like the weights' own bits: a comparison takes one instruction less
-        _of_ranks(keys.view(np.int32), ranks, interval[0], interval[1], found.view(np.int32))
+        _of_ranks(keys.view(np.int32), ranks, low, high, found.view(np.int32))
     else:
-        _of_ranks(keys.view(np.int64), ranks, interval[0], interval[1], found.view(np.int64))
+        _of_ranks(keys.view(np.int64), ranks, low, high, found.view(np.int64))
 
 
 @_jit

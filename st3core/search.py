@@ -368,7 +368,7 @@ def _guess(counter: Counter, rank: int, limits: Limits = ALONE) -> tuple[int, in
     left, right = int(share * len(keys) - margin), int(share * len(keys) + margin) + 1
     inner = [index for index in (left, right) if 0 <= index < len(keys)]
     found = keys_of_ranks(keys, inner) if inner else []
-    first = found[0] if left >= 0 else 0
+    first = min(found[0], counter.infinity - 1) if left >= 0 else 0  # a sample may hold NaN
     last = min(found[-1] + 1, counter.infinity) if right < len(keys) else counter.infinity
     return first, last, int((right - left) / max(len(keys), 1) * counter.size)
 

@@ -110,13 +110,25 @@ def test_bins_begin_within_the_interval_and_hold_all_of_it(pair, shift, one, oth
     assert (below, int(bins.sum())) == counter.gather(low, high, 0)[:2]
 
 
-@given(st.integers(1, 1200), st.integers(1, 1200), st.integers(0, 2), st.data())
-def test_keys_of_ranks_are_those_in_order(size, distinct, power, data):
-    for dtype in (np.uint32, np.int64):  # as counters of single precision and of several processes give them
-        keys = (np.arange(size) * 7919 % distinct).astype(dtype) << dtype(8 * power)
-        ranks = sorted(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4)))
-        ranks += [min(ranks[-1] + 1, size - 1)]
-        expected = np.sort(keys)[ranks].tolist()
+KEYS = [
+    (np.uint32, 0, 8),
+    (np.uint32, 0x3EAAAAAB, 0),
+    (np.int32, 0, 16),
+    (np.uint64, 0x3FD5555555555555, 0),
+    (np.int64, 1, 30),
+]
+"""As single precision, double precision and several processes have them: dtype, the first, and bits between two."""
+
+
+@given(st.integers(1, 1200), st.integers(1, 1200), st.sampled_from(KEYS), st.sampled_from([0, 512]), st.data())
+def test_keys_of_ranks_are_those_in_order(size, distinct, kind, sorted_up_to, data):
+    dtype, first, shift = kind
+    keys = ((np.arange(size) * 7919 % distinct) << shift).astype(dtype) + dtype(first)
+    ranks = sorted(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4)))
+    ranks += [min(ranks[-1] + 1, size - 1)]
+    expected = np.sort(keys)[ranks].tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "_SORTED", sorted_up_to)
         assert counting.keys_of_ranks(keys, ranks) == expected
 
 

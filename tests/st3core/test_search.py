@@ -134,6 +134,7 @@ def test_search_is_exact_whatever_the_guess(arrays, sparsity, method, data):
     units = search.tensor_units([a.shape for a in arrays], dtypes, get_method(method))
     counter = counting.ArrayCounter(arrays, units, ["w"] * len(arrays))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "_SORTED", data.draw(st.sampled_from([0, 512])))
         patch.setattr(counting.ArrayCounter, "sample", lambda self, count: np.array(keys, self.key_dtype))
         found = search.count_thresholds(counter, sparsity, units, dtypes, limits=data.draw(limits))
         assert found.tobytes() == expected.tobytes()
@@ -304,3 +305,22 @@ def test_every_answer_is_a_count_of_keys(arrays, data):
 def test_a_threshold_beyond_what_another_tensor_can_hold():
     arrays = [np.array([1, 2, 3], np.float16), np.array([1e6, 2e6, 3e6, 4e6], np.float32)]
     assert zeros_of(arrays, find_thresholds(arrays, 0.8)) == 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_ties_and_near_ties_are_told_apart(dtype):
+    """Keys that float64 could not tell apart if they were numbers."""
+    tie = np.asarray(1 / 3).astype(dtype)
+    above = tie
+    for _ in range(100):
+        above = np.nextafter(above, dtype.type(1))
+    weight = np.concatenate([np.full(999, tie, dtype), np.full(1000, above, dtype)])
+    threshold = find_thresholds([weight], 0.25)
+    assert threshold.tolist() == [float(tie)]
+    assert find_thresholds([weight], 0.75).tolist() == [float(above)]
+
+
+def test_weights_that_are_all_nan_are_named_by_a_sample_too():
+    bad = np.full(3000, np.nan, np.float32)
+    with pytest.raises(ValueError, match=r"find_thresholds: weights\[1\] must be finite"):
+        find_thresholds([bad, bad[:10]], 0.5, costs=[1_000_000, 1])
