@@ -255,7 +255,9 @@ def thresholds_between(
 
 
 def tensor_units(shapes: Sequence[Sequence[int]], dtypes: Sequence[np.dtype[Any]], method: Method) -> list[float]:
-    """Sigma of every tensor (equation 1a), rounded to the dtype in which magnitudes are formed."""
+    """Sigma of every tensor (equation 1a), rounded to the dtype in which magnitudes are formed; 1 for N:M groups."""
+    if method.scope == "n:m":
+        return [1.0] * len(shapes)
     compute = [reference.compute_dtype(dtype).type for dtype in dtypes]
     return [float(c(reference.sigma(s, method.score))) for s, c in zip(shapes, compute, strict=True)]
 

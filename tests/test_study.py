@@ -72,6 +72,10 @@ def test_lines_are_read_back_and_half_a_line_is_not(tmp_path):
     path.write_text(lines[0] + "\n" + lines[1][:20])
     assert [(run, own["score"]) for run, own in results.read(path)] == [(Run("digits", "st3", 0.9, 0), 1.0)]
     assert results.read(tmp_path / "none.jsonl") == []
+    results.cut_half_line(path)
+    with path.open("a") as file:
+        file.write(lines[1] + "\n")
+    assert len(results.read(path)) == 2
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -79,8 +83,8 @@ def test_a_network_is_trained_and_looked_at(task):
     for method, share in (("feather", 0.9), ("s_ste", 0.75)):
         own = measure(Run(task, method, share, 0, 0.02))
         assert own["sparsity"] == pytest.approx(share, abs=0.05 if method in GROUP_METHODS else 1e-3)
-        assert set(own["trace"]) == {"step", "threshold", "sparsity", "crossings"}
-        assert own["trace"]["step"]
+        assert ("trace" in own) == (method not in GROUP_METHODS)
+        assert "trace" not in own or all(len(values) > 0 for values in own["trace"].values())
         assert 0 < own["macs"] < 1
     dense = measure(Run(task, "dense", 0.0, 0, 0.02))
     assert dense["macs"] == 1

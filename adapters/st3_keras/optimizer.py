@@ -7,6 +7,7 @@ compiles a training step. See ``docs/keras.md``.
 
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -125,14 +126,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         place = self._plan.place_of.get(self._var_key(variable))
         if place is None or grad is None:
             return grad
-        raw = ops.convert_to_tensor(self._plan.raw[place])
+        raw, scale = ops.convert_to_tensor(self._plan.raw[place]), self.wrapped.loss_scale_factor or 1
         if self._plan.method.backward != "straight_through":
             limit = ops.cast(self._limits[place], raw.dtype)
-            grad = ruled(ops.convert_to_tensor(grad), raw, limit, self._plan.method, self._plan.input_axes[place])
+            method = replace(self._plan.method, decay=self._plan.method.decay * scale)
+            grad = ruled(ops.convert_to_tensor(grad), raw, limit, method, self._plan.input_axes[place])
         penalty = self._plan.penalties[place]
         if penalty is None:
             return grad
-        scale = self.wrapped.loss_scale_factor or 1
         return grad + ops.cast(penalty_gradient(penalty, raw) * scale, grad.dtype)
 
     @not_compiled

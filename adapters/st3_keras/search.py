@@ -121,7 +121,8 @@ def find_own_thresholds(
                 found.append(_zero(dtype_name(weight)))
                 continue
             if method.scope == "layer":
-                [limit], _ = find_thresholds([weight], step, table, method, np.zeros(2))
+                [limit], around = find_thresholds([weight], step, table, method, np.zeros(2))
+                spoilt = spoilt + ops.cast(around[1] * 0, key_float)  # or if a magnitude overflows
             else:
                 index = ops.minimum((step - table.begin) // table.frequency, len(table.rank) - 1)
                 is_on = ops.take(ops.convert_to_tensor(table.rank), index) >= 0

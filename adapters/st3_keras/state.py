@@ -22,8 +22,16 @@ def check_state(own: Mapping[str, Any], state: Any) -> None:
     magnitudes = state["magnitudes"]
     if not (isinstance(magnitudes, (list, tuple)) and len(magnitudes) == 2 and all(map(_is_magnitude, magnitudes))):
         raise ValueError(f"{MEMBER}: state must have two magnitudes of 0 or more, got {magnitudes!r}")
+    if "limits" in own:
+        _check_limits(own, state)
     if not isinstance(state["frozen"], bool):
         raise ValueError(f"{MEMBER}: state must have True or False in 'frozen', got {state['frozen']!r}")
+
+
+def _check_limits(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    limits, count = state["limits"], len(own["limits"])
+    if not (isinstance(limits, (list, tuple)) and len(limits) == count and all(map(_is_magnitude, limits))):
+        raise ValueError(f"{MEMBER}: state must have {count} limits of 0 or more, got {limits!r}")
 
 
 def _is_magnitude(value: object) -> bool:

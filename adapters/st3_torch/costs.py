@@ -18,7 +18,8 @@ def weight_costs(model: nn.Module, *inputs: Any) -> dict[str, int]:
 
     Args:
         model: any module; called once with ``inputs``, without gradients and in evaluation mode.
-        inputs: an example of the model's inputs; how many are in a batch makes no difference.
+        inputs: an example of the model's inputs. A larger batch makes all costs as many times larger, which makes no
+            difference to a Sparsifier.
 
     Returns:
         Integers by the kernels' names, 0 for a kernel that the call does not use.
@@ -35,7 +36,8 @@ def weight_costs(model: nn.Module, *inputs: Any) -> dict[str, int]:
     kernels, _ = find_kernels(model, None, None)
     counts = multiply_adds(model, inputs)
     return {
-        name: sum(counts.get((id(site.module), site.tensor_name), 0) for site in sites) // sites[0].tensor.numel()
+        name: sum(counts.get((id(site.module), site.tensor_name), 0) for site in sites)
+        // max(sites[0].tensor.numel(), 1)
         for name, sites in kernels.items()
     }
 

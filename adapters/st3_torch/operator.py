@@ -281,6 +281,17 @@ def least_squares_scale(
     return torch.where(limit > 0, found, 1).to(compute)
 
 
+def kept_scale(
+    scale: torch.Tensor | None, weight: torch.Tensor, threshold: torch.Tensor, method: Method, layout: ChannelLayout
+) -> torch.Tensor | None:
+    """The scale that was fixed before, or that of this weight if there is a threshold; on a device 0 if neither is."""
+    if _on_cpu(weight):
+        fixed = scale is not None or not float(threshold)
+        return scale if fixed else least_squares_scale(weight, threshold, method, layout)
+    found = torch.where(threshold > 0, least_squares_scale(weight, threshold, method, layout), 0)
+    return found if scale is None else torch.where(scale > 0, scale, found)  # the host need not know which
+
+
 def _wide(values: torch.Tensor) -> torch.dtype:
     """float64, but for one kind of accelerator, which has none."""
     return torch.float32 if values.device.type == "mps" else torch.float64

@@ -100,12 +100,13 @@ def find_on_device(
     if method.scope == "n:m":
         return Searched(largest_limits(weights, layouts, method), finite)
     parts = [
-        device.find_thresholds([weight], [unit], sparsity).thresholds
+        device.find_thresholds([weight], [unit], sparsity)
         if weight.numel()
-        else torch.zeros(1, dtype=torch.float64, device=weight.device)
+        else Searched(torch.zeros(1, dtype=torch.float64, device=weight.device), finite)
         for weight, unit in zip(weights, units, strict=True)
     ]
-    return Searched(torch.cat(parts), finite)
+    are_finite = torch.stack([torch.as_tensor(part.finite, device=finite.device) for part in parts]).all()
+    return Searched(torch.cat([part.thresholds for part in parts]), are_finite)
 
 
 def _counter(weights: Sequence[torch.Tensor], units: Sequence[float], names: Sequence[str]) -> Counter:

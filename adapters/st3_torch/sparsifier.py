@@ -19,7 +19,7 @@ from st3_torch.density import least_densities
 from st3_torch.groups import check_shards
 from st3_torch.layers import ChannelLayout, Rule, Site, find_kernels, kernel_layouts, raw_parameter
 from st3_torch.macs import multiply_adds
-from st3_torch.operator import least_squares_scale
+from st3_torch.operator import kept_scale
 from st3_torch.parametrization import (
     RawPlace,
     Slot,
@@ -379,9 +379,8 @@ class Sparsifier:
 
     def _state(self, thresholds: Mapping[str, float]) -> dict[str, Any]:
         masks = {kernel.name: kernel.parametrization.mask for kernel in self._kernels}
-        scales = [(kernel.name, kernel.parametrization.scale) for kernel in self._kernels]
-        fixed = {name: float(scale) for name, scale in scales if scale is not None}
-        own = {"scales": fixed} if self.method.rescale == "least_squares" else {}
+        scales = {kernel.name: float(kernel.parametrization.scale or 0) for kernel in self._kernels}  # 0: none yet
+        own = {"scales": scales} if self.method.rescale == "least_squares" else {}
         return {
             **own,
             "step": self._step,
@@ -409,8 +408,8 @@ class Sparsifier:
         self._step, self._applied_sparsity = state["step"], state["applied_sparsity"]
         self._may_differ = False
         for kernel in self._kernels:
-            scale, like = state.get("scales", {}).get(kernel.name), kernel.parametrization.threshold
-            kernel.parametrization.scale = None if scale is None else torch.full_like(like, scale)
+            scale, like = state["scales"][kernel.name] if "scales" in state else 0, kernel.parametrization.threshold
+            kernel.parametrization.scale = torch.full_like(like, scale) if scale else None
         found = np.array([state["thresholds"][kernel.name] for kernel in self._kernels], np.float64)
         self._set_thresholds(found, self._fitting_plan(self._raw()), self._applied_sparsity)
         self._frozen = state["frozen"]
@@ -485,12 +484,11 @@ class Sparsifier:
             self._fix_scales()
 
     def _fix_scales(self) -> None:
-        """At the first threshold, give every kernel the scale that it keeps."""
+        """At its first threshold above 0, give every kernel the scale that it keeps."""
         for kernel in self._kernels:
             own = kernel.parametrization
-            if own.scale is None:
-                with torch.inference_mode(False), torch.no_grad():
-                    own.scale = least_squares_scale(kernel.raw, own.threshold, self.method, own.layout)
+            with torch.inference_mode(False), torch.no_grad():
+                own.scale = kept_scale(own.scale, kernel.raw, own.threshold, self.method, own.layout)
 
     def _read_thresholds(self) -> NDArray[np.float64]:
         return search.read(self._thresholds, self._named(self._raw()))

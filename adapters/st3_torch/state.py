@@ -11,12 +11,16 @@ from st3core._state import MEMBER, check_kernels, check_settings, check_steps
 
 def check_state(own: Mapping[str, Any], state: Any) -> None:
     """Raise a ValueError that names what differs, unless ``state`` fits the Sparsifier whose state is ``own``."""
+    if isinstance(state, Mapping):
+        state = {"costs": {}, **state}  # which older states lack
     check_settings(own, state, ("method", "schedule", "min_density", "costs", "shapes", "thresholds", "masks"))
     check_kernels(own, state, ("shapes", "thresholds"))
     for part in ("min_density", "costs"):
         if dict(state[part]) != own[part]:
             raise ValueError(f"{MEMBER}: state has {part}={state[part]}, but this Sparsifier has {own[part]}")
     _check_tensors(own, state)
+    if "scales" in own:
+        _check_scales(own, state)
     check_steps(state, "step")
     applied = state["applied_sparsity"]
     if not _is_number(applied) or not 0 <= applied < 1:
@@ -41,6 +45,17 @@ def _check_tensors(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
             isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and list(mask.shape) == shape
         ):
             raise ValueError(f"{MEMBER}: state must have a bool mask of shape {shape} for {name}, got {mask!r}")
+
+
+def _check_scales(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    scales = state["scales"]
+    if not isinstance(scales, Mapping) or set(scales) != set(own["scales"]):
+        raise ValueError(f"{MEMBER}: state must have scales of {sorted(own['scales'])}, got {scales!r}")
+    for name, scale in scales.items():
+        needed = state["thresholds"][name] > 0 and not state["frozen"]
+        if not _is_number(scale) or scale < 0 or (needed and scale == 0):
+            rule = "above 0, since there is a threshold" if needed else "of 0 or more"
+            raise ValueError(f"{MEMBER}: state must have a scale for {name} that is finite and {rule}, got {scale!r}")
 
 
 def _is_number(value: object) -> bool:

@@ -30,6 +30,7 @@ from examples.digits import versions
 
 def train_all(runs: Iterable[Run], workers: int, path: Path) -> None:
     """Train what the file does not have yet, and add it line by line."""
+    results.cut_half_line(path)
     known = {run for run, _ in results.read(path)}
     missing = [run for run in runs if run not in known]
     setting = {**machine.describe(), **versions(), "commit": _commit(), "command": "python -m benchmarks.study"}
@@ -68,6 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=results.PATH, help="lines to read and to add to")
     options = parser.parse_args()
     require_one(parser, options, ("seeds", "workers"))
+    if options.quick and options.out == results.PATH:
+        parser.error(f"--quick must have an --out of its own: the page is made from {results.PATH}")
     return options
 
 

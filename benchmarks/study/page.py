@@ -26,7 +26,9 @@ _TEXT = """## The study
 
 {count} networks, {seeds} of each kind: methods against sparsities on {tasks}. Every method has the recipe of its task,
 and nothing of it was tuned for any of them; zeros spread from 5 % to 50 % of the steps. The number behind ± is half of
-the {confidence:g} % confidence interval of the mean. Which data, networks and recipes: `benchmarks/study/tasks.py`.
+the {confidence:g} % confidence interval of the mean, from Student's distribution. "Better" and "worse" are said of
+the differences from ST-3, seed by seed, whose interval leaves zero out; each is looked at by itself, so that of many,
+one in twenty says so by chance. Which data, networks and recipes: `benchmarks/study/tasks.py`.
 
 Trained with `{command}` at commit {commits}, on {machines}; {versions}.
 
@@ -99,7 +101,7 @@ def _task(found: Found, task: str) -> str:
 
 
 def _findings(found: Found, task: str) -> list[str]:
-    """A line for each neighbour: where it is better or worse than ST-3 beyond doubt."""
+    """A line for each neighbour: where it is better or worse than ST-3, each interval by itself."""
     lines = []
     for method in METHODS[1:]:
         places: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}

@@ -21,6 +21,13 @@ CONFIDENCE = 0.95
 Found = Sequence[tuple[Run, dict[str, Any]]]
 
 
+def cut_half_line(path: Path) -> None:
+    """Take off a last line that was not written to its end, so that another may follow."""
+    if path.exists():
+        whole = path.read_bytes()
+        path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+
+
 def read(path: Path) -> Found:
     """Networks and their figures; a last line that was cut off is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
@@ -72,7 +79,7 @@ def differences(found: Found, task: str, method: str, base: str, sparsity: float
 
 
 def verdict(difference: Summary, higher_is_better: bool) -> str:
-    """What an interval says: only one without zero says anything."""
+    """What an interval says, taken by itself: only one without zero says anything."""
     if difference.seeds < 2 or abs(difference.mean) <= difference.half:
         return "undecided"
     return "better" if (difference.mean > 0) == higher_is_better else "worse"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.study.plan import Run
+from benchmarks.study.plan import GROUP_METHODS, Run
 from benchmarks.study.tasks import TASKS, Task
 from st3_torch import Sparsifier
 
@@ -25,7 +25,8 @@ def measure(run: Run) -> dict[str, Any]:
         _train(task, None, None)
         return {"score": task.score(task.model), "sparsity": 0.0, "macs": 1.0, "seconds": time.perf_counter() - start}
     sparsifier = Sparsifier(task.model, run.schedule(task.steps), run.chosen())
-    trace = Trace(sparsifier, task.steps) if run.seed == TRACED_SEED else None
+    traced = run.seed == TRACED_SEED and run.method not in GROUP_METHODS  # whose groups have thresholds of their own
+    trace = Trace(sparsifier, task.steps) if traced else None
     _train(task, sparsifier, trace)
     report = sparsifier.report(task.example)
     if report.sparse_macs is None or report.dense_macs is None:

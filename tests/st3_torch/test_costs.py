@@ -85,7 +85,11 @@ def test_a_state_belongs_to_its_costs():
         ({"costs": {"0.weight": 1}}, ValueError, "costs must have every sparsified kernel, got none for 2.weight, 4"),
         ({"costs": {"0.weight": 1.5}, "include": "0"}, TypeError, r"costs\[0\] must be an integer, got 1.5"),
         ({"costs": {"0.weight": -1}, "include": "0"}, ValueError, r"costs\[0\] must be 0 or more, got -1"),
-        ({"costs": {"0.weight": 1, "2.weight": 2, "4.weight": 3, "7.weight": 4}, "min_density": 0.1}, ValueError, "mi"),
+        (
+            {"costs": {"0.weight": 1, "2.weight": 2, "4.weight": 3, "7.weight": 4}, "min_density": 0.1},
+            ValueError,
+            "min_density must be 0",
+        ),
         ({"costs": {"0.weight": 1}, "include": "0", "method": "s_ste"}, ValueError, "costs must be None for a method"),
     ],
 )
