@@ -1,4 +1,4 @@
-"""The page on accuracy, made from what the two studies have written: ``python -m benchmarks.accuracy_page``."""
+"""The page on accuracy, made from what the three studies have written: ``python -m benchmarks.accuracy_page``."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from benchmarks.study.page import draw, section
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/accuracy.json"
 KERAS_RESULTS = ROOT / "benchmarks/results/accuracy_keras.json"
+JAX_RESULTS = ROOT / "benchmarks/results/accuracy_jax.json"
 PAGE = ROOT / "docs/accuracy.md"
 TEST_IMAGES = 450
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
@@ -53,17 +54,27 @@ normalization are unbiased in PyTorch only.
 
 Measured with {keras_versions}.
 
+### JAX beside the PyTorch adapter
+
+The same through `examples/digits_jax.py`, with the same start. Gradients are clipped before weight decay, as in
+PyTorch; the running variances of batch normalization are biased, as in Keras.
+
+{jax}
+
+Measured with {jax_versions}.
+
 ## How to repeat it
 
 `make study` trains the networks of the study, those of the table of methods at one sparsity, and writes this page;
 what the study has trained before it keeps, so that it may be stopped. `make study-quick` trains every method for a few
-steps, which says that it works and nothing more. `python -m benchmarks.accuracy_keras` trains the networks in Keras,
-and `python -m benchmarks.accuracy_page` writes the page again. `--help` lists what can be varied. The numbers are in
-`benchmarks/results/study.jsonl`, `accuracy.json` and `accuracy_keras.json`.
+steps, which says that it works and nothing more. `python -m benchmarks.accuracy_keras` and
+`python -m benchmarks.accuracy_jax` train those of the other adapters, and `python -m benchmarks.accuracy_page` writes
+the page again. `--help` lists what can be varied. The numbers are in `benchmarks/results/study.jsonl`, `accuracy.json`,
+`accuracy_keras.json` and `accuracy_jax.json`.
 """
 
 
-def page(figures: dict[str, Any], keras: dict[str, Any], study: str) -> str:
+def page(figures: dict[str, Any], keras: dict[str, Any], jax: dict[str, Any], study: str) -> str:
     """Text of the page."""
     settings, methods = figures["settings"], figures["methods"]
     compared = _compared(methods, keras["backends"], settings["seeds"])
@@ -76,7 +87,9 @@ def page(figures: dict[str, Any], keras: dict[str, Any], study: str) -> str:
         images=TEST_IMAGES,
         image=100 / TEST_IMAGES,
         methods=_methods_grid(methods).markdown(),
-        keras=_keras_grid(methods, compared).markdown(),
+        keras=_adapter_grid(
+            methods, {m: {f"Keras on {title}": compared[m, b] for b, title in BACKENDS.items()} for m in ROWS}
+        ).markdown(),
         pairs=len(apart),
         within=sum(errors <= 1 for errors in apart.values()),
         beyond=sum(errors > 2 for errors in apart.values()) or "none",
@@ -84,14 +97,17 @@ def page(figures: dict[str, Any], keras: dict[str, Any], study: str) -> str:
         sparse=max(errors for (method, _), errors in apart.items() if method != "dense"),
         versions=_versions(figures["versions"]),
         keras_versions=_versions(keras["versions"]),
+        jax=_adapter_grid(methods, {m: {"JAX adapter": jax["methods"][m]} for m in ROWS}).markdown(),
+        jax_versions=_versions(jax["versions"]),
     )
 
 
 def write() -> None:
     """Write the page from the committed figures."""
-    figures, keras = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, KERAS_RESULTS))
+    paths = RESULTS, KERAS_RESULTS, JAX_RESULTS
+    figures, keras, jax = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     draw()
-    PAGE.write_text(page(figures, keras, section()), encoding="utf-8")
+    PAGE.write_text(page(figures, keras, jax, section()), encoding="utf-8")
 
 
 def _compared(methods: dict[str, Any], backends: dict[str, Any], seeds: int) -> dict[tuple[str, str], dict[str, Any]]:
@@ -109,14 +125,14 @@ def _methods_grid(methods: dict[str, Any]) -> Grid:
     return Grid("", ("method", "test accuracy (%)", "lowest", "zeros (%)"), tuple(rows))
 
 
-def _keras_grid(methods: dict[str, Any], compared: dict[tuple[str, str], dict[str, Any]]) -> Grid:
+def _adapter_grid(methods: dict[str, Any], compared: dict[str, dict[str, dict[str, Any]]]) -> Grid:
+    """Rows of each method: the PyTorch adapter, and others beside it by what they are called."""
     rows = []
-    for method in ROWS:
+    for method, others in compared.items():
         rows.append((f"`{method}`", "PyTorch adapter", *_spread(methods[method]), "", ""))
-        for backend, title in BACKENDS.items():
-            row = compared[method, backend]
+        for title, row in others.items():
             apart = f"{100 * row['difference']:+.2f}", f"{row['difference_in_errors']:+.2f}"
-            rows.append((f"`{method}`", f"Keras on {title}", *_spread(row), *apart))
+            rows.append((f"`{method}`", title, *_spread(row), *apart))
     columns = ("method", "trained with", "mean (%)", "deviation", "difference", "in its errors")
     return Grid("", columns, tuple(rows))
 

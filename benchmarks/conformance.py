@@ -47,6 +47,7 @@ RUNS = (
     Run("keras", "tensorflow"),
     Run("keras", "torch"),
     Run("keras", "jax", 25),  # compiles anew for almost every case
+    Run("jax", max_examples=25),  # likewise
 )
 
 

@@ -19,6 +19,7 @@ from benchmarks import (
     step,
     timing,
 )
+from benchmarks.study import page as study
 from st3core import find_thresholds, sparsify
 
 FIGURES = json.loads(page.RESULTS.read_text(encoding="utf-8"))
@@ -30,26 +31,25 @@ def test_page_is_what_the_figures_make():
 
 
 def accuracies():
-    return (
-        json.loads(path.read_text(encoding="utf-8")) for path in (accuracy_page.RESULTS, accuracy_page.KERAS_RESULTS)
-    )
+    paths = accuracy_page.RESULTS, accuracy_page.KERAS_RESULTS, accuracy_page.JAX_RESULTS
+    return (json.loads(path.read_text(encoding="utf-8")) for path in paths)
 
 
 def test_accuracy_page_is_what_the_figures_make():
-    assert accuracy_page.PAGE.read_text(encoding="utf-8") == accuracy_page.page(*accuracies())
+    assert accuracy_page.PAGE.read_text(encoding="utf-8") == accuracy_page.page(*accuracies(), study.section())
 
 
 def test_accuracies_are_shares_of_the_test_images():
-    figures, keras = accuracies()
-    measured = [figures["methods"], *keras["backends"].values()]
+    figures, keras, jax = accuracies()
+    measured = [figures["methods"], *keras["backends"].values(), jax["methods"]]
     found = np.array([a for methods in measured for method in methods.values() for a in method["accuracies"]])
     right = found * accuracy_page.TEST_IMAGES
     np.testing.assert_allclose(right, right.round(), atol=1e-4)  # Keras computes the share in float32
 
 
 def test_accuracies_were_measured_with_the_same_settings():
-    figures, keras = accuracies()
-    assert figures["settings"] == keras["settings"]
+    figures, keras, jax = accuracies()
+    assert figures["settings"] == keras["settings"] == jax["settings"]
 
 
 def test_readme_table_is_what_the_figures_make():

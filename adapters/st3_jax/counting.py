@@ -11,17 +11,12 @@ from st3_jax.rows import SMALL, WIDE, counts_added
 PIVOTS = 7
 """Bounds that one pass over the weights counts for."""
 
-_FIELD = 4
-"""Bits of one count while all of them share an int32, as long as they are sums of at most 15 ones."""
-
-_ROWS = 32
-"""Rows up to which XLA adds whole vectors of them."""
-
 
 def count_below(weight: jax.Array, bounds: jax.Array) -> jax.Array:
     """How many keys of a weight lie below each of :data:`PIVOTS` bounds.
 
-    Counts of a few rows are added first, all in one int32, and what is left is little.
+    What is counted shares an int32, four bits for each bound, while up to 15 rows are added; then eight bits, while up
+    to 17 of these sums are. What is left is little.
 
     Args:
         weight: floating point, of any shape.
@@ -36,13 +31,13 @@ def count_below(weight: jax.Array, bounds: jax.Array) -> jax.Array:
     # Of what passes have in common XLA would keep copies as large as the weights.
     weight, bounds = lax.optimization_barrier((weight, bounds))
     keys, limits = own_keys(weight), bounds.astype(integer_of(weight.dtype))
-    shifts = [np.int32(_FIELD * i) for i in range(PIVOTS)]
-    packed = sum((keys < limits[i]).astype(np.int32) << shift for i, shift in enumerate(shifts))
-    packed = counts_added(_as_rows(jnp.asarray(packed)), 2**_FIELD - 1)
-    fields = [counts_added((packed >> shift) & np.int32(2**_FIELD - 1), _ROWS) for shift in shifts]
-    return jnp.stack(fields).sum(tuple(range(1, packed.ndim + 1)), dtype=np.int64)
+    packed = sum((keys < limits[i]).astype(np.int32) << np.int32(4 * i) for i in range(PIVOTS))
+    nibbles = counts_added(_as_rows(jnp.asarray(packed)), 15)
+    even, odd = (counts_added((nibbles >> np.int32(shift)) & np.int32(0x0F0F0F0F), 17) for shift in (0, 4))
+    bytes_ = [((even, odd)[i % 2] >> np.int32(8 * (i // 2))) & np.int32(0xFF) for i in range(PIVOTS)]
+    return jnp.stack(bytes_).sum(tuple(range(1, nibbles.ndim + 1)), dtype=np.int64)
 
 
 def _as_rows(counts: jax.Array) -> jax.Array:
     """One axis as two, filled up with zeros."""
-    return jnp.pad(counts, (0, -counts.size % (WIDE * _ROWS))).reshape(-1, WIDE) if counts.ndim == 1 else counts
+    return jnp.pad(counts, (0, -counts.size % (15 * 17 * WIDE))).reshape(-1, WIDE) if counts.ndim == 1 else counts

@@ -127,7 +127,7 @@ def find_neighbours(weights: Weights, rank: jax.Array, forecast: jax.Array, reac
     def narrow(known: _Progress) -> _Progress:
         interval = jax.tree.map(partial(jnp.where, _is_open(known.first)), known.first, known.second)
         wanted = jnp.where(_is_open(known.first), rank, rank + 1)
-        pivots = jnp.where(known.passes == 0, hint, _pivots(interval, wanted))
+        pivots = jnp.where(known.passes == 0, hint, _pivots(interval, wanted, weights.infinity))
         counts = weights.count_below(pivots)
         first, second = (
             _narrowed(one, pivots, counts, own) for one, own in ((known.first, rank), (known.second, rank + 1))
@@ -165,17 +165,17 @@ def _around(forecast: jax.Array, reach: jax.Array, infinity: int) -> jax.Array:
     return jnp.concatenate([around.clip(1, infinity - 1), jnp.array([infinity])])
 
 
-def _pivots(interval: Interval, rank: jax.Array) -> jax.Array:
+def _pivots(interval: Interval, rank: jax.Array, infinity: int) -> jax.Array:
     """Keys to count next: near the rank's place among evenly spread keys, and one that halves the interval."""
     width, inside = interval.high - interval.low, interval.through - interval.below
     share = (rank - interval.below + 0.5) / inside
     middle = interval.low + (width * share).astype(np.int64)
     deviation = (jnp.sqrt(inside * share * (1 - share)) + 0.5) * width / inside
-    near = middle + (deviation * np.array([-3, -1, -0.3, 0.3, 1, 3])).astype(np.int64)
+    near = middle + (deviation * np.array([-2, -1, -0.4, 0.4, 1, 2])).astype(np.int64)
     half = interval.low + width // 2
-    every = interval.low + 1 + np.arange(PIVOTS)
-    pivots = jnp.where(width > PIVOTS + 1, jnp.append(near, half), every)
-    return pivots.clip(interval.low + 1, interval.high - 1)
+    within = jnp.append(near, half).clip(interval.low + 1, interval.high - 1)
+    every = interval.low + 1 + np.arange(PIVOTS)  # those beyond may hold the next rank
+    return jnp.where(width > PIVOTS + 1, within, every.clip(max=infinity))
 
 
 def read(neighbours: Any, common: np.dtype[Any]) -> tuple[float, float]:
