@@ -4,9 +4,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from st3_jax.leaves import Leaf
+from st3_jax.rows import split
 from st3core.method import Method
+
+_EXCHANGES = 256
+"""Up to so many, weights that change places are far faster than XLA's sort of small groups, and soon compiled."""
 
 
 def group_limits(magnitudes: jax.Array, group: tuple[int, int], input_axis: int) -> jax.Array:
@@ -19,20 +24,36 @@ def group_limits(magnitudes: jax.Array, group: tuple[int, int], input_axis: int)
     """
     if magnitudes.ndim == 0 or magnitudes.size == 0:
         return jnp.zeros_like(magnitudes)
-    lines = jnp.moveaxis(magnitudes, input_axis, -1)
-    whole = lines.shape[-1] // group[1] * group[1]
-    pieces = (lines[..., :whole], group[1]), (lines[..., whole:], lines.shape[-1] - whole)
-    limits = [_limits(piece, size, group[0]) for piece, size in pieces if piece.size]
-    return jnp.moveaxis(jnp.concatenate(limits, axis=-1) if len(limits) > 1 else limits[0], -1, input_axis)
+    length = magnitudes.shape[input_axis]
+    whole = length // group[1] * group[1]
+    cuts = (0, whole, group[1]), (whole, length, length - whole)
+    limits = [
+        _limits(lax.slice_in_dim(magnitudes, start, end, axis=input_axis), size, group[0], input_axis)
+        for start, end, size in cuts
+        if end > start
+    ]
+    return jnp.concatenate(limits, axis=input_axis)
 
 
-def _limits(lines: jax.Array, size: int, kept: int) -> jax.Array:
+def _limits(magnitudes: jax.Array, size: int, kept: int, axis: int) -> jax.Array:
     rank = size - kept - 1
     if rank < 0:
-        return jnp.zeros_like(lines)
-    members = lines.reshape(*lines.shape[:-1], lines.shape[-1] // size, size)
-    limit = jnp.sort(members, axis=-1)[..., rank : rank + 1]
-    return jnp.broadcast_to(limit, members.shape).reshape(lines.shape)
+        return jnp.zeros_like(magnitudes)
+    members = split(magnitudes, axis, size)
+    return jnp.broadcast_to(_of_rank(members, rank, axis + 1), members.shape).reshape(magnitudes.shape)
+
+
+def _of_rank(members: jax.Array, rank: int, axis: int) -> jax.Array:
+    """Of the members along an axis, which is kept, the one of this rank."""
+    size = members.shape[axis]
+    if (rank + 1) * size > _EXCHANGES:
+        return lax.slice_in_dim(jnp.sort(members, axis=axis), rank, rank + 1, axis=axis)
+    ordered = [lax.index_in_dim(members, i, axis) for i in range(size)]
+    for place in range(rank + 1):  # the smallest of the others comes here
+        for i in range(size - 1, place, -1):
+            low, high = ordered[i - 1], ordered[i]
+            ordered[i - 1], ordered[i] = jnp.minimum(low, high), jnp.maximum(low, high)
+    return ordered[rank]
 
 
 def check_shards(leaves: Sequence[Leaf], method: Method) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 import st3core
 from st3_jax import PolynomialSchedule, Sparsifier, find_thresholds, sparsify
+from st3_jax.groups import group_limits
 from st3_jax.metrics import metrics
 from st3core import get_method, reference
 from tests.st3_jax.test_training import assert_same
@@ -157,6 +158,14 @@ def test_the_operations_take_an_input_axis_and_a_scale():
         find_thresholds([four], 0.5, "s_ste", input_axis=[0, 1])
     with pytest.raises(ValueError, match=r"scale must be None for a method with rescale 'channel', got 2.0"):
         sparsify(four, 2.0, scale=2.0)
+
+
+@pytest.mark.parametrize("group", [(2, 4), (4, 4), (16, 32)], ids=str)  # the last is sorted
+def test_limits_of_groups_are_the_references(group):
+    weight = np.abs(np.random.default_rng(3).standard_normal((3, 35, 2))).astype(np.float32)
+    for axis in range(3):
+        found = group_limits(jnp.asarray(weight), group, axis)
+        np.testing.assert_array_equal(found, reference.group_thresholds(weight, group, axis))
 
 
 # --- What is rejected
