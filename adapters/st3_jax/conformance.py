@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from st3_jax import functions
 from st3core.method import Method
+from st3core.reference import default_input_axis
 
 
 class Backend:
@@ -32,8 +33,9 @@ class Backend:
         self, weights: Sequence[jax.Array], sparsity: float, method: str | Method
     ) -> NDArray[np.float64]:
         """Search as in ``Sparsifier.update``."""
+        axes = [default_input_axis(weight.ndim, (0,)[: weight.ndim]) for weight in weights]
         with jax.enable_x64(True):
-            return functions.find_thresholds(weights, sparsity, method)
+            return functions.find_thresholds(weights, sparsity, method, input_axis=axes)
 
     def sparsify(self, weight: jax.Array, threshold: float, method: str | Method, channel_axis: int) -> jax.Array:
         """Forward weight as ``Sparsifier.apply`` makes it."""

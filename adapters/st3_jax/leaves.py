@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from st3core._validation import as_channel_axes
 from st3core.memory import MEMORY_FORMATS
+from st3core.reference import default_input_axis
 
 Rule = str | Callable[[str, Any], bool]
 """Name of a leaf or of what holds it, glob pattern, or ``predicate(name, leaf) -> bool``."""
@@ -22,6 +23,23 @@ MeshAxes = tuple[tuple[str, ...], ...]
 Value = TypeVar("Value")
 
 
+class Layout(NamedTuple):
+    """What the axes of an array are."""
+
+    channel_axes: tuple[int, ...]
+    """Those that number the output channels."""
+    input_axis: int
+    """The one that groups run along."""
+    mesh_axes: MeshAxes
+    """How each is spread over devices, within ``shard_map``."""
+
+
+def whole_layout(ndim: int, channel_axes: tuple[int, ...], input_axis: int | None = None) -> Layout:
+    """Layout of an array that is not spread; groups run along the axis that goes with its channels (equation 3e)."""
+    along = default_input_axis(ndim, channel_axes) if input_axis is None else input_axis
+    return Layout(channel_axes, along, ((),) * ndim)
+
+
 class Leaf(NamedTuple):
     """One sparsified leaf."""
 
@@ -30,9 +48,13 @@ class Leaf(NamedTuple):
     position: int
     """Its number among all leaves."""
     array: Any
-    channel_axes: tuple[int, ...]
-    """Axes that number the output channels."""
-    mesh_axes: MeshAxes
+    layout: Layout
+
+    @property
+    def cut_length(self) -> int:
+        """Length of this shard along the input axis, if that is spread; otherwise 0."""
+        along = self.layout.input_axis
+        return int(self.array.shape[along]) if any(self.layout.mesh_axes[along : along + 1]) else 0
 
 
 class Selection(NamedTuple):
@@ -116,7 +138,8 @@ def _leaf(name: str, position: int, array: Any, channel_axis: Axes | Mapping[str
     spec = tuple(last_match(sharded, name, PartitionSpec()))
     spread = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
     mesh_axes = (*spread, *[()] * (array.ndim - len(spread)))
-    return Leaf(name, position, array, as_channel_axes(axes, array.ndim, "Sparsifier"), mesh_axes)
+    layout = whole_layout(array.ndim, as_channel_axes(axes, array.ndim, "Sparsifier"))
+    return Leaf(name, position, array, layout._replace(mesh_axes=mesh_axes))
 
 
 def last_match(rules: Mapping[str, Value], name: str, otherwise: Value) -> Value:

@@ -9,27 +9,46 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from st3_jax.leaves import MeshAxes
+from st3_jax.groups import group_limits
+from st3_jax.leaves import Layout
 from st3_jax.rows import float64_sum
 from st3core.method import Method
 from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET, SUM_SCALE, compute_dtype
 
-THRESHOLDED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "soft": lambda values, limit: values - jnp.clip(values, -limit, limit),
-    "hard": lambda values, limit: jnp.where(jnp.abs(values) <= limit, 0, values),
+
+def power_threshold(values: jax.Array, bounds: jax.Array, power: float) -> jax.Array:
+    """``sign(w) (|w|^p - lambda^p)^(1/p)`` where kept, else zero (equation 3d), in the dtype of ``values``."""
+    magnitudes = jnp.abs(values)
+    kept, excess = ~(magnitudes <= bounds), magnitudes - bounds  # so that NaN gives NaN
+    share = -jnp.expm1(power * jnp.log1p(-excess / jnp.where(kept, magnitudes, 1)))  # 1 - (lambda / |w|)^p
+    left = jnp.maximum(magnitudes * share ** (1 / power), excess)  # at least what the soft threshold leaves
+    return jnp.where(kept, jnp.copysign(left, values), 0)
+
+
+THRESHOLDED: dict[str, Callable[[jax.Array, jax.Array, Method], jax.Array]] = {
+    "soft": lambda values, bounds, method: values - jnp.clip(values, -bounds, bounds),
+    "hard": lambda values, bounds, method: jnp.where(jnp.abs(values) <= bounds, 0, values),
+    "power": lambda values, bounds, method: power_threshold(values, bounds, method.power),
 }
-"""Equation 3 by operator: weights and threshold in the compute dtype."""
+"""Equation 3 by operator: weights in the compute dtype, and the threshold that each is compared with."""
 
-PASSED: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
-    "straight_through": lambda tangent, weight, limit: tangent,
-    "masked": lambda tangent, weight, limit: jnp.where((jnp.abs(weight) > limit) | (limit == 0), tangent, 0),
+PASSED: dict[str, Callable[[jax.Array, Callable[[], jax.Array], Method], jax.Array]] = {
+    "straight_through": lambda tangent, kept, method: tangent,
+    "masked": lambda tangent, kept, method: jnp.where(kept(), tangent, 0),
+    "scaled": lambda tangent, kept, method: scaled(tangent, kept(), 1.0 if method.theta is None else method.theta),
+    "decay": lambda tangent, kept, method: tangent,  # what it adds is no multiple of the tangent; see `decaying`
 }
-"""Equation 6 by rule: tangent, weight and threshold of one dtype; linear in the tangent, as autograd needs it."""
+"""Equation 6 by rule: tangent, and where weights are kept; linear in the tangent, as autograd needs it."""
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def scaled(tangent: jax.Array, kept: jax.Array, theta: float) -> jax.Array:
+    """``theta`` times the tangent where a weight is not kept (equation 6b), rounded once."""
+    compute = compute_dtype(np.dtype(tangent.dtype))
+    return (tangent.astype(compute) * jnp.where(kept, 1, jnp.asarray(theta, compute))).astype(tangent.dtype)
+
+
 def forward_weight(
-    weight: jax.Array, limit: jax.Array, method: Method, channel_axes: tuple[int, ...], mesh_axes: MeshAxes
+    weight: jax.Array, limit: jax.Array, method: Method, layout: Layout, scale: jax.Array | None = None
 ) -> jax.Array:
     """Thresholded and rescaled weight; its derivative follows the method's rule.
 
@@ -37,41 +56,107 @@ def forward_weight(
         weight: raw weight: float16, bfloat16, float32 or float64, of any shape.
         limit: threshold, rounded to the weight's dtype; 0-d. 0 gives the weight back, to the bit.
         method: what to compute.
-        channel_axes: axes that number the output channels, 0 or more; none for a 0-d weight.
-        mesh_axes: how each axis is spread over devices, within ``shard_map``.
+        layout: where output channels and groups are, and how the weight is spread within ``shard_map``.
+        scale: factor of the rescale ``"least_squares"``, 0-d; None takes that of this weight.
 
     Returns:
-        Array of the weight's shape and dtype.
+        Array of the weight's shape and dtype. With the rule ``"decay"`` it has no derivative in forward mode.
     """
-    compute = compute_dtype(np.dtype(weight.dtype))
-    values, wide = weight.astype(compute), limit.astype(compute)
-    result = THRESHOLDED[method.operator](values, wide)
+    if method.backward == "decay":
+        weight = decaying(weight, limit, method, layout)
+    result: jax.Array = _forward_weight(weight, limit, scale, method, layout)
+    return result
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _forward_weight(
+    weight: jax.Array, limit: jax.Array, scale: jax.Array | None, method: Method, layout: Layout
+) -> jax.Array:
+    values, bounds = _compared(weight, limit, method, layout)
+    result = THRESHOLDED[method.operator](values, bounds, method)
     if method.rescale == "channel" and weight.size:
-        result = channel_scale(values, wide, channel_axes, mesh_axes) * result
+        result = channel_scale(values, bounds, layout) * result
+    if method.rescale == "least_squares":
+        factor = least_squares(values, result) if scale is None else scale
+        result = factor.astype(values.dtype) * result
     return jnp.where(limit == 0, weight, result.astype(weight.dtype))
 
 
-@forward_weight.defjvp
+@_forward_weight.defjvp
 def _forward_weight_jvp(
-    method: Method,
-    channel_axes: tuple[int, ...],
-    mesh_axes: MeshAxes,
-    primals: tuple[jax.Array, ...],
-    tangents: tuple[jax.Array, ...],
+    method: Method, layout: Layout, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    weight, limit = primals
-    passed = PASSED[method.backward](tangents[0], weight, limit)
-    return forward_weight(weight, limit, method, channel_axes, mesh_axes), passed
+    weight, limit, scale = primals
+    passed = PASSED[method.backward](tangents[0], partial(_kept, weight, limit, method, layout), method)
+    return _forward_weight(weight, limit, scale, method, layout), passed
 
 
-def channel_scale(values: jax.Array, limit: jax.Array, channel_axes: tuple[int, ...], mesh_axes: MeshAxes) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def decaying(weight: jax.Array, limit: jax.Array, method: Method, layout: Layout) -> jax.Array:
+    """The weight itself; its gradient has ``decay`` times the weight added where that is not kept (equation 6c)."""
+    return weight
+
+
+def _decaying_forward(
+    weight: jax.Array, limit: jax.Array, method: Method, layout: Layout
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return weight, (weight, limit)
+
+
+def _decaying_backward(
+    method: Method, layout: Layout, saved: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, None]:
+    weight, limit = saved
+    compute = compute_dtype(np.dtype(weight.dtype))
+    pulled = grad.astype(compute) + jnp.asarray(method.decay, compute) * weight.astype(compute)
+    return jnp.where(_kept(weight, limit, method, layout), grad, pulled.astype(grad.dtype)), None
+
+
+decaying.defvjp(_decaying_forward, _decaying_backward)
+
+
+def _compared(weight: jax.Array, limit: jax.Array, method: Method, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Weights in the compute dtype, and the threshold of the tensor, or that of each weight's group."""
+    compute = compute_dtype(np.dtype(weight.dtype))
+    values, bound = weight.astype(compute), limit.astype(compute)
+    if method.scope != "n:m":
+        return values, bound
+    limits = group_limits(jnp.abs(values), method.group, layout.input_axis)
+    return values, jnp.where(jnp.isnan(bound), bound, limits)  # NaN says that a weight is not finite
+
+
+def _kept(weight: jax.Array, limit: jax.Array, method: Method, layout: Layout) -> jax.Array:
+    """Where the rule leaves the gradient alone: everywhere without threshold."""
+    values, bounds = _compared(weight, limit, method, layout)
+    return (jnp.abs(values) > bounds) | (limit == 0)
+
+
+def least_squares_scale(weight: jax.Array, limit: jax.Array, method: Method, layout: Layout) -> jax.Array:
+    """The factor of equation 4b of a weight, 0-d, rounded to the compute dtype."""
+    values, bounds = _compared(weight, limit, method, layout)
+    return least_squares(values, THRESHOLDED[method.operator](values, bounds, method))
+
+
+def least_squares(values: jax.Array, thresholded: jax.Array) -> jax.Array:
+    """``<w, T(w)> / <T(w), T(w)>`` (equation 4b), 0-d, of the dtype of ``values``; 1 where nothing is kept."""
+    with jax.enable_x64(True):  # also where JAX has been told to do without
+        raw, left = values.astype(np.float64), thresholded.astype(np.float64)
+        largest = jnp.abs(raw).max(initial=0)
+        largest = jnp.where(largest > 0, largest, 1)  # of zeros alone
+        raw, left = raw / largest, left / largest
+        squares = jnp.sum(left * left)
+        factor = jnp.where(squares > 0, jnp.sum(raw * left) / jnp.where(squares > 0, squares, 1), 1)
+        return factor.astype(values.dtype)
+
+
+def channel_scale(values: jax.Array, bounds: jax.Array, layout: Layout) -> jax.Array:
     """Scale of every output channel (equation 4), of the dtype of ``values``; summed axes are kept with length 1."""
-    others = tuple(axis for axis in range(values.ndim) if axis not in channel_axes)
-    names = tuple(name for axis in others for name in mesh_axes[axis])
+    others = tuple(axis for axis in range(values.ndim) if axis not in layout.channel_axes)
+    names = tuple(name for axis in others for name in layout.mesh_axes[axis])
     with jax.enable_x64(True):  # sums run in float64, also where JAX has been told to do without
         everything = _mean(jnp.abs(values), others, names)
         apart = jnp.abs(lax.optimization_barrier(values))  # or XLA keeps a copy of what both have in common
-        left = _mean(jnp.where(apart > limit, apart, 0), others, names)
+        left = _mean(jnp.where(apart > bounds, apart, 0), others, names)
         ratio = (left + RESCALE_EPSILON) / (everything + RESCALE_EPSILON)
         return (RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)).astype(values.dtype)
 

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
+from st3_jax.thresholds import rounded_product
 from st3core import PolynomialSchedule
-from st3core.reference import position
 
 
 class Ramp:
@@ -35,24 +34,22 @@ class Ramp:
         done = (step - self._schedule.begin_step) // self._schedule.update_frequency
         return self._sparsities[min(done, self._last)]
 
-    def update(self, step: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What to search for after ``step`` completed steps, in a compiled function.
-
-        Args:
-            step: int32.
-            size: number of all weights.
+    def update(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What to search for after ``step`` completed steps, int32, in a compiled function.
 
         Returns:
-            Whether the threshold is renewed; rank and fraction of equation 2a, int64 and float64. Never where there is
-            nothing to search for.
+            Whether thresholds are renewed, never for a sparsity of 0; and the sparsity, float64.
         """
         since, frequency = step - self._schedule.begin_step, self._schedule.update_frequency
-        ranks, fractions = self._positions(size)
-        index = jnp.clip(since // frequency, 0, self._last)
-        rank, fraction = jnp.asarray(ranks)[index], jnp.asarray(fractions)[index]
-        return (since >= 0) & (since % frequency == 0) & (rank >= 0), rank, fraction
+        sparsity = jnp.asarray(np.array(self._sparsities))[jnp.clip(since // frequency, 0, self._last)]
+        return (since >= 0) & (since % frequency == 0) & (sparsity > 0), sparsity
 
-    def _positions(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        found = [position(size, sparsity) if sparsity else (-1, 0.0) for sparsity in self._sparsities]
-        ranks, fractions = zip(*found, strict=True)
-        return np.array(ranks, np.int64), np.array(fractions)
+
+def position_of(size: int, sparsity: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rank and fraction of equation 2a among ``size`` weights, int64 and float64.
+
+    ``step`` is any integer of 0 or more that compilers don't know.
+    """
+    h = rounded_product((size - 1) * sparsity, step)
+    rank = jnp.floor(h)
+    return rank.astype(np.int64), h - rank

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from numpy.typing import NDArray
 
 from st3_jax.counting import PIVOTS, count_below
 from st3_jax.keys import Kind, common_float, infinity, own_bounds
 from st3_jax.leaves import MeshAxes
 from st3core.method import Method
-from st3core.search import tensor_units
+from st3core.search import tensor_units, thresholds_between
 
 _LEAST_REACH = 16
 """Keys on either side of the forecast that are looked at first, at least."""
@@ -183,3 +184,11 @@ def read(neighbours: Any, common: np.dtype[Any]) -> tuple[float, float]:
     integer = np.dtype(f"i{common.itemsize}")
     first, second = (float(np.array(int(key), integer).view(common)) for key in neighbours)
     return first, second
+
+
+def read_thresholds(neighbours: Any, weights: Weights, sparsity: float) -> NDArray[np.float64]:
+    """Threshold of every tensor, on the host, from the neighbours that a search for this sparsity has found."""
+    units, dtypes = [kind.unit for kind in weights.kinds], [kind.dtype for kind in weights.kinds]
+    if not weights.size:
+        return np.zeros(len(units))
+    return thresholds_between(read(neighbours, weights.common), sparsity, weights.size, units, dtypes)

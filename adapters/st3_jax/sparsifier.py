@@ -11,19 +11,19 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from st3_jax import search
+from st3_jax import scopes
 from st3_jax.functions import complaint
+from st3_jax.groups import check_shards
 from st3_jax.keys import common_float, integer_of
-from st3_jax.leaves import Axes, Leaf, MeshAxes, Rule, Selection, replaced, select
+from st3_jax.leaves import Axes, Layout, Leaf, Rule, Selection, replaced, select
 from st3_jax.operator import forward_weight
 from st3_jax.ramp import Ramp
-from st3_jax.search import Weights, find_neighbours
-from st3_jax.state import Forecast, State, first_state
-from st3_jax.thresholds import global_threshold, tensor_limit
+from st3_jax.scopes import Competitors
+from st3_jax.search import Weights, read_thresholds
+from st3_jax.state import State, first_state
 from st3core import PolynomialSchedule
 from st3core.method import Method, get_method
 from st3core.report import LayerReport, Report
-from st3core.search import thresholds_between
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class Sparsifier:
 
     Args:
         schedule: sparsity as a function of the completed optimizer steps.
-        method: name of a preset (``"st3"``, ``"st3_sigma"``, ``"hard_ste"``, ``"gmp"``), or a
-            :class:`st3core.Method`.
+        method: name of a preset (``"st3"``, ``"st3_sigma"``, ``"hard_ste"``, ``"gmp"``, ``"feather"``, ``"sr_ste"``,
+            ``"s_ste"``), or a :class:`st3core.Method`.
         include: sparsify only these leaves: names or glob patterns of their paths (``"params/Dense_0/kernel"``,
             or ``"params/Dense_*"`` for all that is in there), or ``predicate(name, leaf) -> bool``; one of them or
             several. Default: every array of two dimensions or more whose path does not say ``embed``.
@@ -49,7 +49,7 @@ class Sparsifier:
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: ``method`` is unknown.
+        ValueError: ``method`` is unknown, or has groups of N:M and the schedule another target than 1 - N/M.
 
     References:
         ST-3, arXiv 2212.01076.
@@ -80,7 +80,7 @@ class Sparsifier:
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, PolynomialSchedule):
             raise TypeError(f"Sparsifier: schedule must be a PolynomialSchedule, got {self.schedule!r}")
-        object.__setattr__(self, "method", get_method(self.method))
+        object.__setattr__(self, "method", get_method(self.method).aimed_at(self.schedule.target_sparsity))
         for argument in ("include", "exclude"):
             object.__setattr__(self, argument, _as_rules(getattr(self, argument), argument))
 
@@ -95,11 +95,12 @@ class Sparsifier:
 
         Raises:
             TypeError: a leaf that ``include`` names is no floating-point array.
-            ValueError: a name or pattern matches no leaf, or nothing is left to sparsify.
+            ValueError: a name or pattern matches no leaf, or nothing is left to sparsify; or a leaf is spread in a way
+                that the method does not take.
         """
         leaves = self._select(params).leaves
         dtypes = {leaf.name: np.dtype(leaf.array.dtype) for leaf in leaves}
-        state = first_state(dtypes, integer_of(common_float(list(dtypes.values()))))
+        state = first_state(dtypes, integer_of(common_float(list(dtypes.values()))), self._method)
         return self._renewed(leaves, state, state.step) if self.schedule(0) else state
 
     def apply(self, params: Any, state: State) -> Any:
@@ -115,7 +116,7 @@ class Sparsifier:
             The same pytree with the forward weights in place of the sparsified leaves.
         """
         leaves = self._select(params).leaves
-        _check_state(leaves, state)
+        _check_state(leaves, state, self._method)
         return replaced(params, leaves, [self._forward(leaf, state) for leaf in leaves])
 
     def update(self, params: Any, state: State) -> State:
@@ -132,7 +133,7 @@ class Sparsifier:
             State after the step.
         """
         leaves = self._select(params).leaves
-        _check_state(leaves, state)
+        _check_state(leaves, state, self._method)
         step = state.step + 1
         return state._replace(step=step) if state.mask is not None else self._renewed(leaves, state, step)
 
@@ -169,16 +170,18 @@ class Sparsifier:
             ValueError: a weight was NaN or infinite when the threshold was last renewed.
         """
         leaves = self._select(params).leaves
-        kinds = self._weights(leaves).kinds
-        magnitudes = search.read(state.neighbours, common_float([kind.dtype for kind in kinds]))
-        if magnitudes[0] == np.inf:
+        limits = {name: float(limit) for name, limit in jax.device_get(state.thresholds).items()}
+        if any(np.isnan(limit) for limit in limits.values()):
             self.check(params)
             raise ValueError("Sparsifier: weights must be finite, got NaN or infinity at the last update")
-        sparsity, size = self._ramp.sparsity_of(int(state.step)), sum(leaf.array.size for leaf in leaves)
-        found = thresholds_between(
-            magnitudes, sparsity, size, [kind.unit for kind in kinds], [kind.dtype for kind in kinds]
-        )
-        return dict(zip((leaf.name for leaf in leaves), found.tolist(), strict=True))
+        if self._method.scope == "n:m":  # a magnitude, which has its dtype
+            return limits
+        is_single, sparsity = self._method.scope == "layer", self._ramp.sparsity_of(int(state.step))
+        groups = [[leaf.array] for leaf in leaves] if is_single else [[leaf.array for leaf in leaves]]
+        neighbours = zip(*np.atleast_1d(*jax.device_get(state.neighbours)), strict=True)
+        weights = [Weights(arrays, self._method) for arrays in groups]
+        found = [read_thresholds(pair, own, sparsity) for pair, own in zip(neighbours, weights, strict=True)]
+        return dict(zip((leaf.name for leaf in leaves), np.concatenate(found).tolist(), strict=True))
 
     def report(self, params: Any, state: State) -> Report:
         """Zeros of every sparsified leaf: ``print`` it, or use ``.to_dict()`` and ``.plot(path)``."""
@@ -199,53 +202,43 @@ class Sparsifier:
         return Ramp(self.schedule)
 
     def _select(self, params: Any) -> Selection:
-        return select(params, self.include, self.exclude or (), self.channel_axis, self.sharded or {})  # type: ignore[arg-type]
+        selection = select(params, self.include, self.exclude or (), self.channel_axis, self.sharded or {})  # type: ignore[arg-type]
+        check_shards(selection.leaves, self._method)
+        return selection
 
     def _forward(self, leaf: Leaf, state: State) -> jax.Array:
         if state.mask is not None:
             return jnp.where(state.mask[leaf.name], leaf.array, 0)
         limit = state.thresholds[leaf.name]
-        forward: jax.Array = forward_weight(leaf.array, limit, self._method, leaf.channel_axes, leaf.mesh_axes)
-        return forward
-
-    def _weights(self, leaves: Sequence[Leaf]) -> Weights:
-        return Weights([leaf.array for leaf in leaves], self._method, [leaf.mesh_axes for leaf in leaves])
+        scale = None if state.scales is None else state.scales[leaf.name]
+        return forward_weight(leaf.array, limit, self._method, leaf.layout, scale)
 
     def _renewed(self, leaves: Sequence[Leaf], state: State, step: jax.Array) -> State:
         """The state after this step."""
+        names, layouts = tuple(leaf.name for leaf in leaves), tuple(leaf.layout for leaf in leaves)
         arrays = [leaf.array for leaf in leaves]
-        kinds = tuple((leaf.name, leaf.mesh_axes) for leaf in leaves)
-        renewed: State = _renewed(self._ramp, self._method, kinds, arrays, state._replace(step=step))
+        renewed: State = _renewed(self._ramp, self._method, names, layouts, arrays, state._replace(step=step))
         return renewed
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _renewed(
-    ramp: Ramp, method: Method, kinds: tuple[tuple[str, MeshAxes], ...], arrays: list[jax.Array], state: State
+    ramp: Ramp,
+    method: Method,
+    names: tuple[str, ...],
+    layouts: tuple[Layout, ...],
+    arrays: list[jax.Array],
+    state: State,
 ) -> State:
     """The state with the thresholds of its step, if they are renewed after that step."""
     with jax.enable_x64(True):
-        weights = Weights(arrays, method, [mesh_axes for _, mesh_axes in kinds])
-        is_renewed, rank, fraction = ramp.update(state.step, weights.size)
-        search_now = partial(_searched, weights, [name for name, _ in kinds], rank, fraction, state)
+        is_renewed, sparsity = ramp.update(state.step)
+        search_now = partial(scopes.renewed, Competitors(names, layouts, arrays), method, sparsity, state)
         if ramp.is_dense:  # outside of a condition XLA uses several threads on a CPU
             renewed: State = jax.tree.map(partial(jnp.where, is_renewed), search_now(), state)
         else:
             renewed = lax.cond(is_renewed, search_now, lambda: state)
         return renewed
-
-
-def _searched(weights: Weights, names: Sequence[str], rank: jax.Array, fraction: jax.Array, state: State) -> State:
-    last, trend, error = state.neighbours[0], *state.forecast
-    found = find_neighbours(weights, rank, (last + trend).astype(np.int64), 2 * error.astype(np.int64))
-    threshold = global_threshold(found, fraction, weights.common)
-    limits = {kind: tensor_limit(threshold, found, kind, weights.common) for kind in set(weights.kinds)}
-    thresholds = {name: limits[kind] for name, kind in zip(names, weights.kinds, strict=True)}
-    key = integer_of(weights.common)
-    first, second = (neighbour.astype(key) for neighbour in found)
-    moved = jnp.where(last > 0, first - last, 0)  # the first threshold says nothing of the second
-    forecast = Forecast(moved, jnp.maximum(jnp.abs(moved - trend), error // 2))
-    return state._replace(thresholds=thresholds, neighbours=(first, second), forecast=forecast)
 
 
 def _as_rules(value: Any, argument: str) -> tuple[Rule, ...] | None:
@@ -258,8 +251,11 @@ def _as_rules(value: Any, argument: str) -> tuple[Rule, ...] | None:
     return rules
 
 
-def _check_state(leaves: Sequence[Leaf], state: State) -> None:
-    """Raise a ValueError unless the state is that of these leaves."""
+def _check_state(leaves: Sequence[Leaf], state: State, method: Method) -> None:
+    """Raise a ValueError unless the state is that of these leaves and this method."""
     differing = sorted({leaf.name for leaf in leaves} ^ set(state.thresholds))
     if differing:
         raise ValueError(f"Sparsifier: state must be of the same params, got leaves in only one of them: {differing}")
+    is_single, is_scaled = state.neighbours[0].ndim == 1, state.scales is not None
+    if (is_single, is_scaled) != (method.scope == "layer", method.rescale == "least_squares"):
+        raise ValueError(f"Sparsifier: state must be of the method {method.name!r}, got one of another; call init")

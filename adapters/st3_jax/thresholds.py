@@ -19,12 +19,12 @@ from st3core.reference import compute_dtype
 def global_threshold(neighbours: Neighbours, fraction: jax.Array, common: np.dtype[Any]) -> jax.Array:
     """The value between both neighbours (equation 2b); float64."""
     e1, e2 = (from_common_keys(key, common) for key in neighbours)
-    product = _rounded(fraction * (e2 - e1), neighbours.first)
+    product = rounded_product(fraction * (e2 - e1), neighbours.first)
     return jnp.where(fraction > 0, e1 + product, e1)
 
 
-def _rounded(product: jax.Array, key: jax.Array) -> jax.Array:
-    """The product itself, in a way that nothing can fuse with what follows."""
+def rounded_product(product: jax.Array, key: jax.Array) -> jax.Array:
+    """The product itself, float64, in a way that nothing can fuse with what follows; ``key`` is 0 or more."""
     nothing = jnp.minimum(key, 0)  # 0, which the compiler can't know
     return lax.bitcast_convert_type(lax.bitcast_convert_type(product, np.int64) + nothing, np.float64)
 
