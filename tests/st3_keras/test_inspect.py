@@ -44,6 +44,7 @@ def figures(layer):
     return layer.name.removeprefix("net/"), layer.shape, layer.zeros, layer.itemsize, layer.dense_macs
 
 
+@pytest.mark.backends("torch")  # the format is the same on all of them
 def test_a_keras_file_tells_what_the_report_told(tmp_path):
     model, report = sparse_model()
     model.save(tmp_path / "model.keras")

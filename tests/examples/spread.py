@@ -1,0 +1,28 @@
+"""One of several processes that train a small ResNet on generated images; test_imagenet.py starts them."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from examples import imagenet, networks, training
+from examples.processes import started
+
+
+def run(rank, world, port, images, out):
+    """Train sharded: once without a stop, once stopped after the first epoch; then data parallel."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with started() as processes:
+        train(processes, images, Path(out) / "whole", fsdp=True)
+        train(processes, images, Path(out) / "stopped", fsdp=True, stop_after=1)
+        train(processes, images, Path(out) / "stopped", fsdp=True, resume=True)
+        train(processes, images, Path(out) / "parallel")
+
+
+def train(processes, images, out, *, fsdp=False, resume=False, stop_after=None):
+    settings = training.Settings(Path(images), out, 2, 10, 0.8, "st3", 0, resume, stop_after, fsdp)
+    parts = (imagenet.Folder(settings.data / part, 32, 0) for part in ("train", "val"))
+    torch.manual_seed(0)
+    model = networks.resnet50(10, 4, (1, 1, 1, 1))
+    training.run(model, imagenet.ImageNet(*parts, 10, 0, 0, processes), imagenet.RECIPE, settings, processes)
