@@ -43,9 +43,9 @@ class Run(NamedTuple):
 RUNS = (
     Run("numpy"),
     Run("torch"),
-    Run("torch-device"),
-    Run("keras", "tensorflow"),
-    Run("keras", "torch"),
+    Run("torch-device", max_examples=100),  # one operation at a time
+    Run("keras", "tensorflow", 50),
+    Run("keras", "torch", 50),
     Run("keras", "jax", 25),  # compiles anew for almost every case
     Run("jax", max_examples=25),  # likewise
 )

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,9 @@ def as_costs(costs: Sequence[SupportsIndex], sizes: Sequence[int], function: str
         ValueError: it is not of the tensors' number, one is negative, no weight costs anything, or all together cost
             more than 2**53.
     """
-    if isinstance(costs, (str, bytes)) or not isinstance(costs, (Sequence, np.ndarray)) or np.ndim(costs) != 1:
+    several: Any = costs
+    listed = not isinstance(several, (str, bytes)) and isinstance(several, (Sequence, np.ndarray))
+    if not listed or np.ndim(several) != 1:
         raise TypeError(f"{function}: costs must be a sequence of integers, one a tensor, got {costs!r}")
     for index, cost in enumerate(costs):
         if isinstance(cost, (bool, np.bool_)) or not hasattr(cost, "__index__"):

@@ -52,7 +52,12 @@ def _draw_scores(axes: Axes, found: Found, task: str, method: str, figure: str, 
     if kinds:
         x, own = [place(places[kind].mean) for kind in kinds], [scores[kind] for kind in kinds]
         means, halves = [s.mean for s in own], [s.half for s in own]
-        style = {"marker": "s" if method in GROUP_METHODS else "o", "markersize": 4, "capsize": 2, "linewidth": 1.3}
+        style: dict[str, Any] = {
+            "marker": "s" if method in GROUP_METHODS else "o",
+            "markersize": 4,
+            "capsize": 2,
+            "linewidth": 1.3,
+        }
         axes.errorbar(x, means, halves, color=_COLORS[method], label=method, **style)
 
 
