@@ -7,7 +7,7 @@ import pytest
 from numba import config
 
 # No deadline: the first call of a kernel compiles it. Derandomised: a red run is red again.
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=100, database=None)
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50, database=None)
 # For `make mutation`: fewer cases, and a failure need not be small.
 hypothesis.settings.register_profile(
     "mutation",
@@ -16,7 +16,7 @@ hypothesis.settings.register_profile(
     phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
 )
 # The same code once more, and slower: fewer cases.
-hypothesis.settings.register_profile("uncompiled", hypothesis.settings.get_profile("default"), max_examples=30)
+hypothesis.settings.register_profile("uncompiled", hypothesis.settings.get_profile("default"), max_examples=20)
 hypothesis.settings.load_profile("uncompiled" if config.DISABLE_JIT else "default")
 
 

@@ -80,13 +80,16 @@ def test_lines_are_read_back_and_half_a_line_is_not(tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_network_is_trained_and_looked_at(task):
-    for method, share in (("feather", 0.9), ("s_ste", 0.75)):
+    for method, share in (("feather", 0.9), ("s_ste", 0.75))[: 1 if task == "text" else 2]:  # whose score takes long
         own = measure(Run(task, method, share, 0, 0.02))
         assert own["sparsity"] == pytest.approx(share, abs=0.05 if method in GROUP_METHODS else 1e-3)
         assert ("trace" in own) == (method not in GROUP_METHODS)
         assert "trace" not in own or all(len(values) > 0 for values in own["trace"].values())
         assert 0 < own["macs"] < 1
-    dense = measure(Run(task, "dense", 0.0, 0, 0.02))
+
+
+def test_a_dense_network_keeps_all_its_multiply_adds():
+    dense = measure(Run("table", "dense", 0.0, 0, 0.02))
     assert dense["macs"] == 1
     assert np.isfinite(dense["score"])
 

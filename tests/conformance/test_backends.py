@@ -9,12 +9,12 @@ from st3core.conformance import BackendConformance
 
 class TestTorch(BackendConformance):
     backend = Backend()
-    max_examples = 25
+    max_examples = 15
 
 
 class TestTorchDevicePath(BackendConformance):
     backend = DeviceBackend()
-    max_examples = 25
+    max_examples = 15
 
 
 @pytest.mark.parametrize("kind", [Backend, DeviceBackend], ids=lambda kind: kind.name)

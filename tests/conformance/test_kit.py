@@ -58,7 +58,7 @@ def test_every_property_is_violated_by_a_broken_backend():
 
 @pytest.mark.parametrize("kind", [NumpyBackend, Textbook], ids=lambda kind: kind.name)
 def test_a_correct_backend_is_accepted(kind):
-    assert [r.failure for r in check(kind(), max_examples=60) if r.failure] == []
+    assert [r.failure for r in check(kind(), max_examples=30) if r.failure] == []
 
 
 @pytest.mark.parametrize("kind", [NumpyBackend, Textbook], ids=lambda kind: kind.name)
@@ -147,7 +147,7 @@ def test_a_backend_is_not_asked_about_what_it_lacks():
             seen.update(dataclasses.astuple(get_method(method))[2:6])
             return super().sparsify(weight, threshold, method, channel_axis)
 
-    results = check(Some(), max_examples=60)
+    results = check(Some(), max_examples=30)
     assert [r.failure for r in results if r.failure] == []
     assert {r.chosen.name: r.excuse for r in results if r.outcome == "not asked"} == {
         "thresholds_of_groups_are_their_largest": "that it lacks n:m",

@@ -67,7 +67,7 @@ def rounded(threshold, dtype):
         return float(np.float64(threshold).astype(dtype))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(cases())
 def test_forward_weight_is_the_core(case):
     weight, threshold, method, axes = case
@@ -109,7 +109,7 @@ def gradient_of(weight, limit, method, cotangent):
     return as_numpy(leaf.grad)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(cases())
 def test_gradient_follows_the_rule(case):
     weight, threshold, method, _ = case
