@@ -90,7 +90,7 @@ def _largest(arrays: dict[str, jax.Array], method: Method, layouts: Sequence[Lay
 
 
 def _layouts(arrays: Sequence[jax.Array], input_axis: int | Sequence[int | None] | None) -> list[Layout]:
-    given = list(input_axis) if isinstance(input_axis, (tuple, list)) else [input_axis] * len(arrays)
+    given: list[Any] = list(input_axis) if isinstance(input_axis, (tuple, list)) else [input_axis] * len(arrays)
     if len(given) != len(arrays):
         raise ValueError(
             f"find_thresholds: input_axis must be one axis, or one for each of {len(arrays)} weights, "
