@@ -125,16 +125,18 @@ def made_state(method="s_ste"):
     return made(method)[0].init(params_of(0))
 
 
-@pytest.mark.parametrize("method", ["sr_ste", "s_ste", "layer"])
+@methods
 def test_a_weight_that_is_not_finite_is_named_in_every_scope(method):
     sparsifier, gradient_of = made(method)
     sound, state = trained(method)[-1][:2]
     state = state._replace(step=state.step - 2)
-    params = {**sound, "linear": sound["linear"].at[3, 1].set(jnp.inf)}
+    params = {**sound, "linear": sound["linear"].at[:4, 1].set(jnp.inf)}  # a whole group
     spoilt = sparsifier.update(params, state)
-    assert {name for name, limit in spoilt.thresholds.items() if np.isnan(limit)} == {"linear"}
-    assert not np.isfinite(gradient_of(params, spoilt, params_of(1))[1]["linear"]).all()
-    with pytest.raises(ValueError, match=r"linear must be finite, got inf at index \(3, 1\)"):
+    affected = set(CHANNELS) if method == "feather" else {"linear"}
+    assert {name for name, limit in spoilt.thresholds.items() if np.isnan(limit)} == affected
+    forward = gradient_of(params, spoilt, params_of(1))[1]
+    assert {name for name, weight in forward.items() if not np.isfinite(weight).all()} == affected - {"none"}
+    with pytest.raises(ValueError, match=r"linear must be finite, got inf at index \(0, 1\)"):
         sparsifier.thresholds(params, spoilt)
     healed = sparsifier.update(sound, spoilt._replace(step=state.step))
     assert sparsifier.thresholds(sound, healed) == core_thresholds(sparsifier, sound, 6)
