@@ -107,6 +107,14 @@ def test_the_scale_is_fixed_when_pruning_begins():
     assert all(state.scales is None for method in ("feather", "layer") for _, state, *_ in trained(method))
 
 
+def test_no_scale_is_fixed_while_a_weight_is_not_finite():
+    sparsifier, (params, state, *_) = made("s_ste")[0], trained("s_ste")[FIRST - 2]
+    spoilt = sparsifier.update({**params, "linear": params["linear"].at[0, 0].set(jnp.nan)}, state)
+    assert spoilt.scales["linear"] == 0
+    assert spoilt.scales["conv"] > 1
+    assert sparsifier.update(params, spoilt._replace(step=state.step)).scales["linear"] > 1
+
+
 def test_a_scan_is_the_python_loop_with_a_scale_that_appears_on_the_way():
     sparsifier, gradient_of = made("s_ste")
     params, incoming = params_of(0), params_of(1)
