@@ -30,16 +30,16 @@ class Competitors(NamedTuple):
 def renewed(weights: Competitors, method: Method, sparsity: jax.Array, state: State) -> State:
     """The state with thresholds for this sparsity above 0, float64, and with the scales that come with the first."""
     found = SEARCHES[method.scope](weights, method, sparsity, state)
-    if found.scales is None:
+    last = found.scales
+    if last is None:
         return found
     parts = zip(*weights, strict=True)
-    return found._replace(scales={n: _scale(a, layout, method, n, found) for n, layout, a in parts})
+    scales = {n: _scale(array, layout, method, found.thresholds[n], last[n]) for n, layout, array in parts}
+    return found._replace(scales=scales)
 
 
-def _scale(array: jax.Array, layout: Layout, method: Method, name: str, state: State) -> jax.Array:
-    """The scale that the leaf keeps, from its first threshold on."""
-    assert state.scales is not None
-    last, limit = state.scales[name], state.thresholds[name]
+def _scale(array: jax.Array, layout: Layout, method: Method, limit: jax.Array, last: jax.Array) -> jax.Array:
+    """The scale that a leaf keeps, from its first threshold on."""
     is_first = (last == 0) & (limit > 0)
     return lax.cond(is_first, lambda: least_squares_scale(array, limit, method, layout), lambda: last)
 

@@ -107,6 +107,14 @@ def test_the_scale_is_fixed_when_pruning_begins():
     assert all(state.scales is None for method in ("feather", "layer") for _, state, *_ in trained(method))
 
 
+def test_no_scale_is_fixed_while_a_weight_is_not_finite():
+    sparsifier, (params, state, *_) = made("s_ste")[0], trained("s_ste")[FIRST - 2]
+    spoilt = sparsifier.update({**params, "linear": params["linear"].at[0, 0].set(jnp.nan)}, state)
+    assert spoilt.scales["linear"] == 0
+    assert spoilt.scales["conv"] > 1
+    assert sparsifier.update(params, spoilt._replace(step=state.step)).scales["linear"] > 1
+
+
 def test_a_scan_is_the_python_loop_with_a_scale_that_appears_on_the_way():
     sparsifier, gradient_of = made("s_ste")
     params, incoming = params_of(0), params_of(1)
@@ -125,16 +133,18 @@ def made_state(method="s_ste"):
     return made(method)[0].init(params_of(0))
 
 
-@pytest.mark.parametrize("method", ["sr_ste", "s_ste", "layer"])
+@methods
 def test_a_weight_that_is_not_finite_is_named_in_every_scope(method):
     sparsifier, gradient_of = made(method)
     sound, state = trained(method)[-1][:2]
     state = state._replace(step=state.step - 2)
-    params = {**sound, "linear": sound["linear"].at[3, 1].set(jnp.inf)}
+    params = {**sound, "linear": sound["linear"].at[:4, 1].set(jnp.inf)}  # a whole group
     spoilt = sparsifier.update(params, state)
-    assert {name for name, limit in spoilt.thresholds.items() if np.isnan(limit)} == {"linear"}
-    assert not np.isfinite(gradient_of(params, spoilt, params_of(1))[1]["linear"]).all()
-    with pytest.raises(ValueError, match=r"linear must be finite, got inf at index \(3, 1\)"):
+    affected = set(CHANNELS) if method == "feather" else {"linear"}
+    assert {name for name, limit in spoilt.thresholds.items() if np.isnan(limit)} == affected
+    forward = gradient_of(params, spoilt, params_of(1))[1]
+    assert {name for name, weight in forward.items() if not np.isfinite(weight).all()} == affected - {"none"}
+    with pytest.raises(ValueError, match=r"linear must be finite, got inf at index \(0, 1\)"):
         sparsifier.thresholds(params, spoilt)
     healed = sparsifier.update(sound, spoilt._replace(step=state.step))
     assert sparsifier.thresholds(sound, healed) == core_thresholds(sparsifier, sound, 6)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st3_jax.keys import Kind, common_float, common_keys, infinity, integer_of, least_normal, own_bounds
+from st3_jax.ramp import position_of
 from st3_jax.search import Neighbours
 from st3_jax.thresholds import global_threshold, rounded_key, tensor_limit
 from st3core import reference
@@ -106,3 +107,12 @@ def test_rounding_is_numpys(numbers):
 
 
 _rounded = jax.jit(rounded_key, static_argnums=1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 388, 56_224, 2**33 + 1])
+def test_positions_are_those_of_the_reference(size):
+    sparsities = 1 - np.random.default_rng(0).random(CASES)
+    sparsities[0] = np.nextafter(1.0, 0.0)
+    ranks, fractions = jax.jit(jax.vmap(lambda s, step: position_of(size, s, step)))(sparsities, np.arange(CASES))
+    expected = [reference.position(size, sparsity) for sparsity in sparsities]
+    assert list(zip(ranks.tolist(), fractions.tolist(), strict=True)) == expected
