@@ -24,9 +24,10 @@ from st3core.conformance.violation import (
 RESCALE_ULP = 4
 """Units in the last place that a rescaled weight may be off: frameworks sum a channel in orders of their own."""
 
-POWER_ULP = 8
+POWER_ULP = 16
 """The same for the power operator: no library rounds a logarithm, an exponential and a power correctly, and a backend
-may form them in float32. Each is off by a unit or two, and none of them enlarges the error of the one before."""
+may form them in float32. Each is off by a unit or two; next to the threshold, the logarithm of a tiny share makes the
+rounding of 1/p some ten times as large."""
 
 _rescaled = methods(lambda method: method.rescale == "channel" and method.operator != "power")
 _least_squares = methods(lambda method: method.rescale == "least_squares" and method.operator != "power")
@@ -124,7 +125,7 @@ def forward_scale_is_that_of_kept_magnitudes(backend: Backend, case: Operation) 
 
 @conformance_property("3d", lambda backend: operations(backend, method=_power), needs="power")
 def forward_is_the_power_formula(backend: Backend, case: Operation) -> None:
-    """The power operator is sign(w) (|w|^p - lambda^p)^(1/p) where a weight is kept, within 8 ulp."""
+    """The power operator is sign(w) (|w|^p - lambda^p)^(1/p) where a weight is kept, within 16 ulp."""
     values, limits = case.weight.values, case.limits
     expected = values.astype(np.float64)
     for index in np.ndindex(values.shape if case.limit else (0,)):
