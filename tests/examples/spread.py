@@ -21,8 +21,8 @@ def run(rank, world, port, images, out):
 
 
 def train(processes, images, out, *, fsdp=False, resume=False, stop_after=None):
-    settings = training.Settings(Path(images), out, 2, 10, 0.8, "st3", 0, resume, stop_after, fsdp)
+    settings = training.Settings(Path(images), out, 2, 30, 0.8, "st3", 0, resume, stop_after, fsdp)
     parts = (imagenet.Folder(settings.data / part, 32, 0) for part in ("train", "val"))
     torch.manual_seed(0)
     model = networks.resnet50(10, 4, (1, 1, 1, 1))
-    training.run(model, imagenet.ImageNet(*parts, 10, 0, 0, processes), imagenet.RECIPE, settings, processes)
+    training.run(model, imagenet.ImageNet(*parts, 30, 0, 0, processes), imagenet.RECIPE, settings, processes)
