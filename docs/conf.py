@@ -26,7 +26,7 @@ nitpick_ignore_regex = [
     # Other projects' names; the build looks nothing up on the network.
     ("py:.*", r"(collections|dataclasses|jax|keras|ml_dtypes|np|numpy|nn|optax|os|pathlib|tempfile|torch|typing)\b.*"),
     # Annotations of ours that have no page, and Python's own.
-    ("py:.*", r"(Any|Callable|Literal|Path|PathLike|SupportsIndex|FloatArray|NDArray|Rule|Axes|matplotlib\..*)"),
+    ("py:.*", r"(Any|Callable|Literal|Path|PathLike|SupportsIndex|FloatArray|NDArray|Rule|Axes|Figure|matplotlib\..*)"),
     ("py:.*", r"(bool|bytes|dict|float|int|list|object|str|tuple|type|None|[A-Z]\w+Error|optional)"),
 ]
 

@@ -79,22 +79,14 @@ def share_statistics(model: nn.Module, processes: Processes) -> None:
                     processes.total(statistics).div_(processes.world)
 
 
-def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> dict[str, Any]:
-    """States of the model and the optimizer; of a sharded one, gathered in the first process."""
-    if not sharded:
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """States of the model and the optimizer by name, however they are spread; gathered in the first process."""
     weights, momenta = states.get_state_dict(model, optimizer, options=_WHOLE)
     return {"model": weights, "optimizer": momenta}
 
 
-def load_whole_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], sharded: bool
-) -> None:
+def load_whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load what :func:`whole_state` returned in the first process; every process reads the same file."""
-    if sharded:
-        states.set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_WHOLE
-        )
-    else:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    states.set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_WHOLE
+    )

@@ -229,7 +229,7 @@ def epoch_table(rows: list[dict[str, str]]) -> Table:
 
 def save(training: Training) -> None:
     """Write the checkpoint, whole or not at all."""
-    state = whole_state(training.model, training.optimizer, training.settings.fsdp)
+    state = whole_state(training.model, training.optimizer)
     state |= {"sparsifier": training.sparsifier.state_dict(), "epoch": training.epoch}
     if training.processes.is_first:
         with replacing(training.checkpoint) as file:
@@ -239,7 +239,7 @@ def save(training: Training) -> None:
 def load(training: Training) -> None:
     """Go on from the checkpoint, and drop what the log says of later epochs."""
     state = torch.load(training.checkpoint, map_location="cpu", weights_only=True)
-    load_whole_state(training.model, training.optimizer, state, training.settings.fsdp)
+    load_whole_state(training.model, training.optimizer, state)
     training.sparsifier.load_state_dict(state["sparsifier"])
     training.epoch = state["epoch"]
     if training.processes.is_first:
@@ -251,7 +251,7 @@ def finish(training: Training, data: Data) -> None:
     model, processes = training.sparsifier.finalize(), training.processes
     images, _ = next(data.test_batches())
     report, accuracy = training.sparsifier.report(images[:1]), evaluate(model, data, processes)
-    weights = whole_state(model, training.optimizer, training.settings.fsdp)["model"]
+    weights = whole_state(model, training.optimizer)["model"]
     if processes.is_first:
         path = training.settings.out / "model.safetensors"
         with replacing(path) as file:

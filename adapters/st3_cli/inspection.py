@@ -1,5 +1,6 @@
 """What a file's zeros are like: a table, a dictionary, a plot."""
 
+from collections import Counter
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -78,7 +79,9 @@ class Inspection:
 
     def _notes(self) -> list[str]:
         hidden = [f"{self.hidden} tensors without zeros, or with less than two dimensions: --all shows them"]
-        return hidden * (self.hidden > 0) + [f"not read: {name} {why}" for name, why in self.report.skipped.items()]
+        kinds = Counter(self.report.skipped.values())
+        unread = [f"{count} of {kind} not read" for kind, count in kinds.items()]
+        return hidden * (self.hidden > 0) + unread
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the sparsity of every tensor, and the bytes that are left of it.
@@ -127,7 +130,7 @@ def inspect(path: str | PathLike[str], *, show_all: bool = False) -> Inspection:
     layers, patterns, unread, hidden = [], {}, {}, 0
     for entry in read(Path(path)):
         if isinstance(entry, Unread):
-            unread[entry.name] = entry.reason
+            unread[entry.name] = entry.kind
         elif show_all or (entry.kept.ndim > 1 and not entry.kept.all()):
             layers.append(_layer(entry))
             if entry.input_axis is not None:

@@ -107,7 +107,7 @@ def _entry(name: str, own: str, stored: h5py.Dataset, layer: Config) -> Stored |
     if "dtype" in stored.attrs:  # HDF5 has no bfloat16
         values = np.asarray(values).view(stored.attrs["dtype"])
     if values.dtype.kind != "f" and values.dtype.name != "bfloat16":
-        return Unread(name, f"is of dtype {values.dtype.name}")
+        return Unread(name, values.dtype.name)
     kind = layer.get("class_name", "")
     axes = [values.ndim + axis for axis in _KERNELS.get(kind, {}).get(own, _LAST)]
     along = default_input_axis(values.ndim, tuple(axes)) if values.ndim > 1 else None

@@ -57,7 +57,7 @@ def _read_sparse(path: Path, names: list[str], metadata: dict[str, str]) -> Iter
 def _dense(file: Any, key: str, name: str) -> Stored | Unread:
     dtype = file.get_slice(key).get_dtype()
     if dtype not in _DTYPES:
-        return Unread(name, f"is of dtype {dtype}")
+        return Unread(name, dtype)
     array = file.get_tensor(key)
     return Stored.of_torch(name, array != 0, array.itemsize)
 

@@ -34,10 +34,15 @@ class Stored(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """One tensor of a file whose zeros mean nothing, or that cannot be read."""
+    """One entry of a file whose zeros are not counted: it is no tensor, or none of floating-point numbers.
+
+    Args:
+        name: of the entry.
+        kind: its dtype, or its type.
+    """
 
     name: str
-    reason: str
+    kind: str
 
 
 Reader = Callable[[Path], Iterator[Stored | Unread]]

@@ -39,9 +39,9 @@ def read(path: Path) -> Iterator[Stored | Unread]:
 
 def _entry(name: str, value: object) -> Stored | Unread:
     if not isinstance(value, torch.Tensor):
-        return Unread(name, f"is no tensor but {type(value).__name__}")
+        return Unread(name, type(value).__name__)
     if not value.is_floating_point():
-        return Unread(name, f"is of dtype {str(value.dtype).removeprefix('torch.')}")
+        return Unread(name, str(value.dtype).removeprefix("torch."))
     if value.layout != torch.strided:
         value = value.to_dense()
     return Stored.of_torch(name, (value.detach() != 0).numpy(), value.itemsize)
