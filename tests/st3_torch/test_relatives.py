@@ -131,6 +131,7 @@ def test_gradients_are_the_cores(method, sparsity):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 def test_compiled_models(method, sparsity):
     """The same forward weights and gradients, in operations that a compiler traces."""
+    torch._dynamo.reset()  # it counts what earlier tests have compiled
     model, (images, _) = small_net(), batch()
     trained(model, method, sparsity)
     model.eval()
