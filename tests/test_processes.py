@@ -27,6 +27,7 @@ def several_threads(monkeypatch):
     monkeypatch.setattr(threads, "thread_count", lambda: 4)
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # from JAX, where its tests came before; no child uses it
 @pytest.mark.parametrize("method", sorted({"fork", "spawn"} & set(multiprocessing.get_all_start_methods())))
 def test_child_processes(method):
     expected = outcome(0.9)  # and the parent's threads are running when it forks
