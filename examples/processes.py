@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -67,7 +68,10 @@ def data_parallel(model: nn.Module, processes: Processes) -> nn.Module:
     """What to call in training, for a model that every process holds whole."""
     if processes.world == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+    devices = [processes.device] if processes.device.type == "cuda" else None
+    known = signature(DistributedDataParallel).parameters
+    own = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.13
+    return DistributedDataParallel(model, device_ids=devices, **{own: False})  # type: ignore[arg-type] # see below
 
 
 def share_statistics(model: nn.Module, processes: Processes) -> None:

@@ -127,6 +127,8 @@ def run(model: nn.Module, data: Data, recipe: Recipe, settings: Settings, proces
     settings.out.mkdir(parents=True, exist_ok=True)
     if settings.resume and training.checkpoint.exists():
         load(training)
+    elif processes.is_first:
+        training.log.unlink(missing_ok=True)  # of another run, or of one that ended before its first checkpoint
     last = min(settings.epochs, settings.stop_after or settings.epochs)
     for _ in range(training.epoch, last):
         loss = train_epoch(training, data)

@@ -75,16 +75,16 @@ def _walk(config: object) -> Iterator[Config]:
 def _groups(file: h5py.Group) -> list[str]:
     """Paths of all groups of variables that are the model's."""
     found: list[str] = []
-    file.visit(lambda path: found.append(path) if path.endswith("vars") else None)
-    return [path for path in found if not path.startswith("optimizer")]
+    file.visit(lambda path: found.append(path) if path.split("/")[-1] == "vars" else None)
+    return [path for path in found if path.split("/")[0] != "optimizer"]
 
 
 def _variables(file: h5py.File, group: str, layers: Mapping[str, Config]) -> Iterator[Stored | Unread]:
     """The variables of one layer, in the order in which it made them."""
     layer = layers.get(file[group].attrs.get("name", ""), {})
     kernels = list(_KERNELS.get(layer.get("class_name", ""), {}))
-    for index in sorted(file[group], key=int):
-        own = kernels[int(index)] if int(index) < len(kernels) else index
+    for index in sorted(file[group], key=lambda own: (not own.isdigit(), own.zfill(9))):  # a layer may name its own
+        own = kernels[int(index)] if index.isdigit() and int(index) < len(kernels) else index
         name = "/".join([*_names(file, group), own])
         yield _entry(name, own, file[group][index], layer)
 
@@ -110,7 +110,8 @@ def _entry(name: str, own: str, stored: h5py.Dataset, layer: Config) -> Stored |
         return Unread(name, values.dtype.name)
     kind = layer.get("class_name", "")
     axes = [values.ndim + axis for axis in _KERNELS.get(kind, {}).get(own, _LAST)]
-    along = default_input_axis(values.ndim, tuple(axes)) if values.ndim > 1 else None
+    is_known = own in _KERNELS.get(kind, {}) or values.ndim == 2
+    along = default_input_axis(values.ndim, tuple(axes)) if is_known and values.ndim > 1 else None
     if kind.endswith("Transpose") and own == "kernel":
         along = values.ndim - 1
     places = _places(layer) if own in _KERNELS.get(kind, {}) else None

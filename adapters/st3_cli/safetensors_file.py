@@ -59,7 +59,9 @@ def _dense(file: Any, key: str, name: str) -> Stored | Unread:
     if dtype not in _DTYPES:
         return Unread(name, dtype)
     array = file.get_tensor(key)
-    return Stored.of_torch(name, array != 0, array.itemsize)
+    stored = Stored.of_torch(name, array != 0, array.itemsize)
+    is_flax = name.rpartition("/")[2] == "kernel" and array.ndim > 1  # with the output channels last
+    return stored._replace(input_axis=array.ndim - 2) if is_flax else stored
 
 
 def _sparse(file: Any, name: str, shape: list[int]) -> Stored:

@@ -1,6 +1,5 @@
 """Reads what ``torch.save`` has written: a ``state_dict``, or a checkpoint that holds one."""
 
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,9 @@ def read(path: Path) -> Iterator[Stored | Unread]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damaged bytes make it raise almost anything
         raise ValueError(
             f"inspect: {path} must be a whole file of tensors, got one that torch.load(weights_only=True) refuses; "
             f"save model.state_dict(), not the model: {error}"
@@ -51,12 +52,12 @@ def _state_dict(content: object, path: Path) -> Mapping[str, Any]:
     """The ``state_dict`` in what was loaded, which may be the whole of it."""
     if not isinstance(content, Mapping):
         raise ValueError(f"inspect: {path} must hold a state_dict, got {type(content).__name__}")
-    if any(isinstance(value, torch.Tensor) for value in content.values()):
-        return content
     for entry in _ENTRIES:
         if isinstance(content.get(entry), Mapping):
             found: Mapping[str, Any] = content[entry]
             return found
+    if any(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
     raise ValueError(
         f"inspect: {path} must hold a state_dict, by itself or as {', '.join(map(repr, _ENTRIES))}, got entries "
         f"{', '.join(map(repr, content)) or 'none'}"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from st3core._validation import as_channel_axes
@@ -55,6 +56,10 @@ class Leaf(NamedTuple):
         """Length of this shard along the input axis, if that is spread; otherwise 0."""
         along = self.layout.input_axis
         return int(self.array.shape[along]) if any(self.layout.mesh_axes[along : along + 1]) else 0
+
+
+_NEVER = {"bias", "scale"}
+"""Parts of the paths of what is no kernel, whatever its dimensions."""
 
 
 class Selection(NamedTuple):
@@ -114,7 +119,7 @@ def matches(rule: Rule, name: str, leaf: Any) -> bool:
 
 
 def _reason_to_skip(name: str, leaf: Any, include: tuple[Rule, ...] | None, exclude: tuple[Rule, ...]) -> str | None:
-    is_weight = hasattr(leaf, "dtype") and np.dtype(leaf.dtype).name in MEMORY_FORMATS
+    is_weight = getattr(getattr(leaf, "dtype", None), "name", None) in MEMORY_FORMATS  # keys have dtypes of their own
     if any(matches(rule, name, leaf) for rule in exclude):
         return "excluded"
     if include is not None:
@@ -130,6 +135,8 @@ def _reason_to_skip(name: str, leaf: Any, include: tuple[Rule, ...] | None, excl
         return "no floating-point array"
     if np.ndim(leaf) < 2:
         return "fewer than two dimensions"
+    if _NEVER & set(name.split("/")):
+        return "bias or scale"  # of attention, of a convolution, or of layers stacked for a scan
     return "embedding" if "embed" in name.lower() else None
 
 
@@ -154,6 +161,12 @@ def _check_rules(patterns: Sequence[str], names: Sequence[str]) -> None:
             raise ValueError(
                 f"Sparsifier: rules must match a leaf of params, got {pattern!r}; there are {', '.join(names)}"
             )
+
+
+def over_shards(count: jax.Array, leaf: Leaf) -> jax.Array:
+    """Sum of a count over the devices that a leaf is spread over, within ``shard_map``."""
+    names = tuple(name for own in leaf.layout.mesh_axes for name in own)
+    return lax.psum(count, names) if names else count
 
 
 def replaced(params: Any, leaves: Sequence[Leaf], arrays: Sequence[Any]) -> Any:

@@ -25,9 +25,14 @@ def power_threshold(values: jax.Array, bounds: jax.Array, power: float) -> jax.A
     return jnp.where(kept, jnp.copysign(left, values), 0)
 
 
+def _zero_or_nan(bounds: jax.Array) -> jax.Array:
+    """0, or NaN where that is the threshold: some weight is not finite, which has to show in all of them."""
+    return jnp.where(jnp.isnan(bounds), bounds, 0)
+
+
 THRESHOLDED: dict[str, Callable[[jax.Array, jax.Array, Method], jax.Array]] = {
     "soft": lambda values, bounds, method: values - jnp.clip(values, -bounds, bounds),
-    "hard": lambda values, bounds, method: jnp.where(jnp.abs(values) <= bounds, 0, values),
+    "hard": lambda values, bounds, method: jnp.where(jnp.abs(values) > bounds, values, _zero_or_nan(bounds)),
     "power": lambda values, bounds, method: power_threshold(values, bounds, method.power),
 }
 """Equation 3 by operator: weights in the compute dtype, and the threshold that each is compared with."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import jax
@@ -15,11 +16,11 @@ from st3_jax import scopes
 from st3_jax.functions import complaint
 from st3_jax.groups import check_shards
 from st3_jax.keys import common_float, integer_of
-from st3_jax.leaves import Axes, Layout, Leaf, Rule, Selection, replaced, select
+from st3_jax.leaves import Axes, Layout, Leaf, Rule, Selection, over_shards, replaced, select
 from st3_jax.operator import forward_weight
 from st3_jax.ramp import Ramp
 from st3_jax.scopes import Competitors
-from st3_jax.search import Weights, read_thresholds
+from st3_jax.search import Weights, read_thresholds, whole_shape
 from st3_jax.state import State, first_state
 from st3core import PolynomialSchedule
 from st3core.method import Method, get_method
@@ -40,7 +41,8 @@ class Sparsifier:
             ``"s_ste"``), or a :class:`st3core.Method`.
         include: sparsify only these leaves: names or glob patterns of their paths (``"params/Dense_0/kernel"``,
             or ``"params/Dense_*"`` for all that is in there), or ``predicate(name, leaf) -> bool``; one of them or
-            several. Default: every array of two dimensions or more whose path does not say ``embed``.
+            several. Default: every array of two dimensions or more whose path does not say ``embed``, and has no part
+            ``bias`` or ``scale``.
         exclude: leave these dense; same kinds.
         channel_axis: axis of the output channels, which the rescale treats one by one; or axes by name or pattern.
             The last one by default, where Flax has it; Equinox has it first.
@@ -154,8 +156,9 @@ class Sparsifier:
     def sparsity(self, params: Any, state: State) -> jax.Array:
         """Measured share of zeros over the sparsified leaves; 0-d, float32."""
         leaves = self._select(params).leaves
-        zeros = sum(jnp.sum(self._forward(leaf, state) == 0, dtype=np.float32) for leaf in leaves)
-        return jnp.asarray(zeros / sum(leaf.array.size for leaf in leaves))
+        zeros = sum(over_shards(jnp.sum(self._forward(leaf, state) == 0, dtype=np.float32), leaf) for leaf in leaves)
+        sizes = (prod(whole_shape(leaf.array, leaf.layout.mesh_axes)) for leaf in leaves)
+        return jnp.asarray(zeros / sum(sizes))
 
     def check(self, params: Any) -> None:
         """Raise a ValueError that names the first weight that is NaN or infinite, if there is one."""
@@ -171,6 +174,8 @@ class Sparsifier:
         """
         leaves = self._select(params).leaves
         limits = {name: float(limit) for name, limit in jax.device_get(state.thresholds).items()}
+        if state.mask is not None:  # the steps since then ask for more
+            return limits
         if any(np.isnan(limit) for limit in limits.values()):
             self.check(params)
             raise ValueError("Sparsifier: weights must be finite, got NaN or infinity at the last update")

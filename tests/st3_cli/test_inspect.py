@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import nn
 
 from st3_cli.command import main
+from st3_cli.inspection import inspect
 from st3_torch import PolynomialSchedule, Sparsifier
 from st3_torch.export import save_sparse
 
@@ -122,3 +124,28 @@ def test_negative_zeros_and_nan(tmp_path, capsys):
     save({"w": torch.tensor([[-0.0, np.nan, 1.0] + [0.0] * 9])}, tmp_path / "compact.safetensors")
     found = json.loads(inspected(tmp_path / "compact.safetensors", capsys, "--json"))
     assert found["zeros"] == 10
+
+
+def test_a_tensor_beside_a_state_dict_does_not_hide_it(tmp_path):
+    model = torch.nn.Linear(8, 4)
+    with torch.no_grad():
+        model.weight[:, ::2] = 0
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": model.state_dict(), "epoch": 3, "best": torch.tensor(76.1)}, path)
+    assert [layer["name"] for layer in inspect(path).to_dict()["layers"]] == ["weight"]
+
+
+def test_kernels_of_flax_have_their_inputs_ahead_of_their_outputs(tmp_path):
+    kernel = np.ones((8, 4), np.float32)
+    kernel[::2] = 0
+    path = tmp_path / "flax.safetensors"
+    save_arrays({"params/Dense_0/kernel": kernel}, path)
+    assert inspect(path).smallest_n == {"params/Dense_0/kernel": 2}
+
+
+@pytest.mark.parametrize("content", [b".", b"G"])
+def test_damaged_files_are_named_whatever_reading_them_raises(tmp_path, content):
+    path = tmp_path / "damaged.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged.bin must be a whole file of tensors"):
+        inspect(path)

@@ -72,6 +72,9 @@ def check(name):
     local = Sparsifier(schedule, method, sharded=rules)
     mapped = jax.shard_map(lambda p: run(local, p), mesh=mesh, in_specs=(SPECS,), out_specs=(PartitionSpec(), SPECS))
     assert_same_bits(jax.jit(mapped)(shards), expected)
+    whole = PartitionSpec()
+    measured = jax.shard_map(local.sparsity, mesh=mesh, in_specs=(SPECS, whole), out_specs=whole)
+    assert_same_bits(jax.jit(measured)(shards, expected[0]), jax.jit(sparsifier.sparsity)(params, expected[0]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Which leaves are sparsified, and what is said of rules that fit none."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,3 +93,20 @@ def test_functions_take_jax_arrays_alone():
 def test_public_names_exist():
     assert sorted(st3_jax.__all__) == st3_jax.__all__
     assert all(hasattr(st3_jax, name) for name in st3_jax.__all__)
+
+
+def test_biases_and_scales_of_any_shape_stay_dense():
+    arrays = {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((2, 3))}
+    params = {"query": arrays, "layers": {"norm": {"scale": jnp.ones((3, 4))}}, "conv": {"bias": jnp.ones((8, 1, 1))}}
+    sparsifier = Sparsifier(PolynomialSchedule(0.5, begin_step=0, end_step=1))
+    report = sparsifier.report(params, sparsifier.init(params))
+    assert [layer.name for layer in report.layers] == ["query/kernel"]
+    assert set(report.skipped) == {"query/bias", "layers/norm/scale", "conv/bias"}
+    chosen = Sparsifier(sparsifier.schedule, include="query/*").init(params)
+    assert set(chosen.thresholds) == {"query/kernel", "query/bias"}
+
+
+def test_keys_of_random_numbers_are_left_alone():
+    params = {"kernel": jnp.ones((4, 2)), "rng": jax.random.key(0)}
+    state = Sparsifier(PolynomialSchedule(0.5, begin_step=0, end_step=1)).init(params)
+    assert set(state.thresholds) == {"kernel"}
