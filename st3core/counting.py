@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from numba import config
 from numpy.typing import NDArray
 
 from st3core import kernels, threads
@@ -27,7 +28,7 @@ _SLACK = 1.125
 _ROOM = 1 << 14
 """Keys that a search in one call may gather; a forecast that finds more of them is worth another look."""
 
-_SORTED = 512
+_SORTED = 1 << 62 if config.DISABLE_JIT else 512
 """Keys that are sorted sooner than counted."""
 
 _KEY_FLOATS = {np.dtype(np.uint32): np.float32, np.dtype(np.uint64): np.float64}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import config
 
 from st3core import counting, find_thresholds, get_method, memory, reference, search, threads
 from tests.strategies import DTYPES, sparsities, weight_lists, weights
@@ -205,7 +206,7 @@ def test_a_good_forecast_settles_the_matter_in_one_look(monkeypatch):
     monkeypatch.setattr(counting.ArrayCounter, "gather", lambda *a: looks.append(a) or gather(*a))
     monkeypatch.setattr(counting.ArrayCounter, "neighbours", lambda *a: settled.append(neighbours(*a)) or settled[-1])
     monkeypatch.setattr(counting.ArrayCounter, "histogram", None)
-    for step in range(20):
+    for step in range(6 if config.DISABLE_JIT else 20):
         weight += np.float32(1e-3) * drift
         counter = counting.ArrayCounter([weight], [1.0], ["w"])
         found = search.count_thresholds(counter, 0.9 + 0.001 * step, [1.0], [weight.dtype], forecast)
