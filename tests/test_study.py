@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.study import __main__ as study_main
 from benchmarks.study import results
+from benchmarks.study.__main__ import train_all
 from benchmarks.study.plan import GROUP_METHODS, METHODS, RAMPS, VARIANTS, Run, every_run, group_of
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.train import measure
@@ -82,7 +84,7 @@ def test_lines_are_read_back_and_half_a_line_is_not(tmp_path):
 def test_a_network_is_trained_and_looked_at(task):
     for method, share in (("feather", 0.9), ("s_ste", 0.75))[: 1 if task == "text" else 2]:  # whose score takes long
         own = measure(Run(task, method, share, 0, 0.02))
-        assert own["sparsity"] == pytest.approx(share, abs=0.05 if method in GROUP_METHODS else 1e-3)
+        assert own["zeros"] == pytest.approx(share, abs=0.05 if method in GROUP_METHODS else 1e-3)
         assert ("trace" in own) == (method not in GROUP_METHODS)
         assert "trace" not in own or all(len(values) > 0 for values in own["trace"].values())
         assert 0 < own["macs"] < 1
@@ -92,6 +94,15 @@ def test_a_dense_network_keeps_all_its_multiply_adds():
     dense = measure(Run("table", "dense", 0.0, 0, 0.02))
     assert dense["macs"] == 1
     assert np.isfinite(dense["score"])
+
+
+def test_a_study_that_goes_on_trains_nothing_twice(tmp_path, monkeypatch):
+    path, runs = tmp_path / "study.jsonl", [Run("table", "st3", 0.9, 0, 0.02), Run("table", "s_ste", 0.75, 0, 0.02)]
+    train_all(runs, 1, path)
+    assert [run for run, _ in results.read(path)] == runs
+    monkeypatch.setattr(study_main, "measure", None)
+    train_all(runs, 1, path)
+    assert len(results.read(path)) == 2
 
 
 def test_the_same_seed_gives_the_same_network():

@@ -98,7 +98,7 @@ def draw() -> None:
 
 
 def _task(found: Found, task: str) -> str:
-    kind, scores, zeros = TASKS[task], by_kind(found), by_kind(found, "sparsity")
+    kind, scores, zeros = TASKS[task], by_kind(found), by_kind(found, "zeros")
     ablation = ablation_grid(found, task)
     text = _TASK.format(
         title=kind.title,

@@ -27,7 +27,7 @@ def draw_task(found: Found, task: str, path: Path) -> None:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for method in (*METHODS, *GROUP_METHODS):
-        _draw_scores(left, found, task, method, "sparsity", lambda zeros: 1 - zeros)
+        _draw_scores(left, found, task, method, "zeros", lambda zeros: 1 - zeros)
         _draw_scores(right, found, task, method, "macs", lambda macs: macs)
     dense = [own["score"] for run, own in found if (run.task, run.method) == (task, "dense")]
     for axes, name in ((left, "weights"), (right, "multiply-adds")):

@@ -87,7 +87,7 @@ def verdict(difference: Summary, higher_is_better: bool) -> str:
 
 def grids(found: Found) -> list[Grid]:
     """All tables, task by task."""
-    scores, zeros = by_kind(found), by_kind(found, "sparsity")
+    scores, zeros = by_kind(found), by_kind(found, "zeros")
     tables = []
     for task in dict.fromkeys(run.task for run, _ in found):
         tables += [methods_grid(scores, task), groups_grid(scores, zeros, task), ablation_grid(found, task)]

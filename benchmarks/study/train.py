@@ -23,7 +23,7 @@ def measure(run: Run) -> dict[str, Any]:
     task = TASKS[run.task].make(run.seed, run.length)
     if run.method == "dense":
         _train(task, None, None)
-        return {"score": task.score(task.model), "sparsity": 0.0, "macs": 1.0, "seconds": time.perf_counter() - start}
+        return {"score": task.score(task.model), "zeros": 0.0, "macs": 1.0, "seconds": time.perf_counter() - start}
     sparsifier = Sparsifier(task.model, run.schedule(task.steps), run.chosen())
     traced = run.seed == TRACED_SEED and run.method not in GROUP_METHODS  # whose groups have thresholds of their own
     trace = Trace(sparsifier, task.steps) if traced else None
@@ -33,7 +33,7 @@ def measure(run: Run) -> dict[str, Any]:
         raise RuntimeError(f"measure: every kernel of {run.task} must have its multiply-adds counted, got {report}")
     figures = {
         "score": task.score(sparsifier.finalize()),
-        "sparsity": report.sparsity,
+        "zeros": report.sparsity,
         "macs": report.sparse_macs / report.dense_macs,
         "layers": {layer.name: round(layer.sparsity, 6) for layer in report.layers},
         "seconds": round(time.perf_counter() - start, 2),
