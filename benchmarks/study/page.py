@@ -78,7 +78,7 @@ def section() -> str:
     return _TEXT.format(
         count=len(found),
         seeds=" to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))),
-        tasks=f"{len(tasks)} tasks",
+        tasks="one task" if len(tasks) == 1 else f"{len(tasks)} tasks",
         confidence=100 * CONFIDENCE,
         command=settings[0]["command"],
         commits=", ".join(dict.fromkeys(own["commit"] for own in settings)),
