@@ -11,7 +11,7 @@ from jax import lax
 
 from st3_jax.groups import group_limits
 from st3_jax.leaves import Layout
-from st3_jax.rows import float64_sum
+from st3_jax.rows import float64_sums
 from st3core.method import Method
 from st3core.reference import RESCALE_EPSILON, RESCALE_NUMERATOR, RESCALE_OFFSET, SUM_SCALE, compute_dtype
 
@@ -149,8 +149,9 @@ def least_squares(values: jax.Array, thresholded: jax.Array) -> jax.Array:
         largest = jnp.abs(raw).max(initial=0)
         largest = jnp.where(largest > 0, largest, 1)  # of zeros alone
         raw, left = raw / largest, left / largest
-        squares = jnp.sum(left * left)
-        factor = jnp.where(squares > 0, jnp.sum(raw * left) / jnp.where(squares > 0, squares, 1), 1)
+        totals = float64_sums((raw, left), lambda one, other: (one * other, other * other), range(raw.ndim))
+        products, squares = (total.reshape(()) for total in totals)
+        factor = jnp.where(squares > 0, products / jnp.where(squares > 0, squares, 1), 1)
         return factor.astype(values.dtype)
 
 
@@ -159,16 +160,22 @@ def channel_scale(values: jax.Array, bounds: jax.Array, layout: Layout) -> jax.A
     others = tuple(axis for axis in range(values.ndim) if axis not in layout.channel_axes)
     names = tuple(name for axis in others for name in layout.mesh_axes[axis])
     with jax.enable_x64(True):  # sums run in float64, also where JAX has been told to do without
-        everything = _mean(jnp.abs(values), others, names)
-        apart = jnp.abs(lax.optimization_barrier(values))  # or XLA keeps a copy of what both have in common
-        left = _mean(jnp.where(apart > bounds, apart, 0), others, names)
+        everything, left = _means(values, bounds, others, names)
         ratio = (left + RESCALE_EPSILON) / (everything + RESCALE_EPSILON)
         return (RESCALE_NUMERATOR / (ratio + RESCALE_OFFSET)).astype(values.dtype)
 
 
-def _mean(magnitudes: jax.Array, axes: tuple[int, ...], names: tuple[str, ...]) -> jax.Array:
-    """Mean in float64 over these axes, and over the shards along these mesh axes."""
-    size = prod([magnitudes.shape[axis] for axis in axes]) * prod(map(lax.axis_size, names))
-    scale = SUM_SCALE if magnitudes.dtype == np.float64 else 1.0  # for the largest
-    total = float64_sum(magnitudes if scale == 1 else magnitudes * scale, axes)
-    return (lax.psum(total, names) if names else total) / size / scale
+def _means(
+    values: jax.Array, bounds: jax.Array, axes: tuple[int, ...], names: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Means in float64 of the magnitudes and of those kept, over these axes and the shards along these mesh axes."""
+    size = prod([values.shape[axis] for axis in axes]) * prod(map(lax.axis_size, names))
+    scale = SUM_SCALE if values.dtype == np.float64 else 1.0  # for the largest
+
+    def terms(part: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+        magnitudes = jnp.abs(part) if scale == 1 else jnp.abs(part) * scale
+        return magnitudes, jnp.where(jnp.abs(part) > bound, magnitudes, 0)
+
+    totals = float64_sums((values, jnp.broadcast_to(bounds, values.shape)), terms, axes)
+    everything, left = ((lax.psum(total, names) if names else total) / size / scale for total in totals)
+    return everything, left

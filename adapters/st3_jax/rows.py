@@ -1,11 +1,14 @@
 """How arrays are added up: on a CPU, XLA is fast at adding a few rows of an array, and slow at every other sum."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 import jax
 import numpy as np
 from jax import lax
+
+Terms = Callable[..., tuple[jax.Array, jax.Array]]
 
 SMALL = 1 << 13
 """Elements of an array up to which nothing pays."""
@@ -43,14 +46,37 @@ def counts_added(values: jax.Array, most: int) -> jax.Array:
     return added
 
 
-def float64_sum(values: jax.Array, axes: Sequence[int], most: int = 8) -> jax.Array:
-    """Sum over axes, which are kept with length 1, in float64."""
-    place = few_rows(values.shape, axes, most) if values.size > SMALL else None
+def float64_sums(arrays: Sequence[jax.Array], terms: Terms, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Two sums in float64 over axes, which are kept with length 1.
+
+    Args:
+        arrays: of one shape; read once for both sums.
+        terms: what is added up in each sum, from elements of all arrays.
+        axes: to add over.
+    """
+    by_rows, plain = (partial(sums, terms=terms, axes=tuple(axes)) for sums in (_by_rows, _plain))
+    result: tuple[jax.Array, jax.Array] = lax.platform_dependent(*arrays, cpu=by_rows, default=plain)
+    return result
+
+
+def _plain(*arrays: jax.Array, terms: Terms, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    first, second = (values.astype(np.float64).sum(axes, keepdims=True) for values in terms(*arrays))
+    return first, second
+
+
+def _by_rows(*arrays: jax.Array, terms: Terms, axes: tuple[int, ...], most: int = 8) -> tuple[jax.Array, jax.Array]:
+    place = few_rows(arrays[0].shape, axes, most) if arrays[0].size > SMALL else None
     if place is None:
-        return values.astype(np.float64).sum(tuple(axes), keepdims=True)
+        return _plain(*arrays, terms=terms, axes=axes)
     axis, rows = place
-    apart = split(values, axis, rows)
-    terms = [lax.index_in_dim(apart, i, axis + 1, keepdims=False).astype(np.float64) for i in range(rows)]
-    while len(terms) > 1:
-        terms = [sum(terms[i : i + 2][1:], terms[i]) for i in range(0, len(terms), 2)]
-    return float64_sum(lax.optimization_barrier(terms[0]), axes, most)
+    apart = [split(values, axis, rows) for values in arrays]
+    added = [terms(*(lax.index_in_dim(part, i, axis + 1, keepdims=False) for part in apart)) for i in range(rows)]
+    # A loop of XLA's writes one array: as complex numbers both sums come from the same loop.
+    pairs = lax.complex(*(_added([values.astype(np.float64) for values in sums]) for sums in zip(*added, strict=True)))
+    return _by_rows(lax.optimization_barrier(pairs), terms=lambda pair: (pair.real, pair.imag), axes=axes, most=4)
+
+
+def _added(values: list[jax.Array]) -> jax.Array:
+    while len(values) > 1:
+        values = [sum(values[i : i + 2][1:], values[i]) for i in range(0, len(values), 2)]
+    return values[0]

@@ -1,5 +1,7 @@
 """Sums by rows are sums, whatever the shape."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,7 +12,7 @@ import st3core
 from st3_jax import find_thresholds, functions, search
 from st3_jax.counting import PIVOTS, count_below
 from st3_jax.keys import integer_of
-from st3_jax.rows import SMALL, float64_sum
+from st3_jax.rows import SMALL, float64_sums
 
 SHAPES = [
     (),
@@ -47,8 +49,9 @@ def test_counts(shape, dtype):
 def test_sums(shape):
     values = np.abs(np.random.default_rng(1).standard_normal(shape)).astype(np.float32)
     for axes in {(), tuple(range(len(shape) - 1)), tuple(range(1, len(shape))), tuple(range(len(shape)))}:
-        found = np.asarray(jax.jit(float64_sum, static_argnums=1)(values, axes))
-        np.testing.assert_allclose(found, values.sum(axes, dtype=np.float64, keepdims=True), rtol=1e-14)
+        found = jax.jit(partial(float64_sums, terms=lambda x, y: (x, x * y), axes=axes))((values, values))
+        for total, terms in zip(found, (values, values**2), strict=True):
+            np.testing.assert_allclose(total, terms.sum(axes, dtype=np.float64, keepdims=True), rtol=1e-14)
 
 
 def test_passes_within_and_before_the_loop_find_the_same(monkeypatch):
