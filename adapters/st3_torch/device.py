@@ -6,7 +6,7 @@ compilers see one graph.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -17,6 +17,16 @@ DIGIT = 16
 
 PIECE = 1 << 24
 """Weights that are looked at together; each takes some 24 bytes meanwhile."""
+
+
+class Processes(Protocol):
+    """The processes that hold parts of the weights, each of them counted by one."""
+
+    def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over all of them, in place of ``values``."""
+
+    def least_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise minimum over all of them, in place of ``values``."""
 
 
 class Searched(NamedTuple):
@@ -37,25 +47,34 @@ def suits(weights: Sequence[torch.Tensor]) -> bool:
     return len(devices) == 1 and devices.pop().type not in ("cpu", "mps")
 
 
-def find_thresholds(weights: Sequence[torch.Tensor], units: Sequence[float], sparsity: float) -> Searched:
+def find_thresholds(
+    weights: Sequence[torch.Tensor],
+    units: Sequence[float],
+    sparsity: float,
+    *,
+    size: int | None = None,
+    processes: Processes | None = None,
+) -> Searched:
     """:func:`st3core.find_thresholds` without the host: the same bits.
 
     Args:
-        weights: floating tensors on one device, at least one of them not empty.
+        weights: floating tensors on one device; at least one of them is not empty, here or on another process.
         units: sigma of each, from :func:`st3core.search.tensor_units`.
         sparsity: share of zeros in [0, 1).
+        size: number of weights, of all processes together; None: of those given.
+        processes: what the weights are parts of; None: they are whole.
 
     Raises:
         ValueError: there is no weight at all.
     """
-    size = sum(weight.numel() for weight in weights)
+    size = sum(weight.numel() for weight in weights) if size is None else size
     if size == 0:
         raise ValueError("find_thresholds: weights must hold at least one weight, got only empty tensors")
     device, (rank, fraction) = weights[0].device, position(size, sparsity)
     # Filled on the device: a number that were copied there would have to be waited for.
     where = torch.full((), rank, dtype=torch.int64, device=device)
     share = torch.full((), fraction, dtype=torch.float64, device=device)
-    found = search(weights, units, where, share)
+    found = search(weights, units, where, share, processes)
     return found if sparsity else Searched(torch.zeros_like(found.thresholds), found.finite)
 
 
@@ -71,7 +90,11 @@ def write(found: Searched, buffers: Sequence[torch.Tensor], dtypes: Sequence[tor
 
 
 def search(
-    weights: Sequence[torch.Tensor], units: Sequence[float], rank: torch.Tensor, fraction: torch.Tensor
+    weights: Sequence[torch.Tensor],
+    units: Sequence[float],
+    rank: torch.Tensor,
+    fraction: torch.Tensor,
+    processes: Processes | None = None,
 ) -> Searched:
     """Thresholds for the weight of rank ``rank``, and the next one (equations 2b and 2c); all tensors on one device."""
     batches = list(_batches(weights, units))
@@ -82,6 +105,7 @@ def search(
     while top > 0:
         width = min(DIGIT, top)
         own = sum((_histogram(_keys(batch, wide), prefix, top - width, width) for batch in batches), start=rank * 0)
+        own = own if processes is None else processes.sum_tensor(own)
         ends = before + own.cumsum(0)
         digit = torch.searchsorted(ends, rank.reshape(1), right=True).clamp(max=ends.numel() - 1)
         if top > 48 or (not wide and top == 31):  # the first digit of what is not finite is that of infinity, or above
@@ -90,6 +114,7 @@ def search(
         before, prefix = end - own.gather(0, digit)[0], (prefix << width) + digit[0]
         top -= width
     following = torch.stack([_smallest_above(_keys(batch, wide), prefix, infinity) for batch in batches]).amin()
+    following = following if processes is None else processes.least_tensor(following)
     e1, e2 = _magnitude(prefix, wide), _magnitude(torch.where(rank + 1 < end, prefix, following), wide)
     value = torch.where(fraction > 0, e1 + fraction * (e2 - e1), e1)
     return Searched(_tensor_thresholds(weights, units, e1, e2, value), finite)

@@ -13,7 +13,7 @@ from st3_torch.device import Searched
 from st3_torch.groups import largest_limits
 from st3_torch.layers import ChannelLayout
 from st3_torch.memory import NUMPY_DTYPES
-from st3_torch.placements import is_dtensor
+from st3_torch.placements import is_dtensor, local
 from st3core.bounded import bounded_thresholds
 from st3core.costs import cost_counter
 from st3core.memory import MEMORY_FORMATS
@@ -58,7 +58,7 @@ def find(
 
     is_sharded = any(map(is_dtensor, tensors))
     limits = TRAVELLING if is_sharded else ALONE
-    if not is_sharded and not any(min_density) and not costs and device.suits(tensors):
+    if not any(min_density) and not costs and device.suits([local(tensor) for tensor in tensors]):
         return find_on_device(tensors, sparsity, method, layouts)
     if method.scope != "global" and sparsity:
         count_thresholds(counter_of(range(len(tensors))), 0.0, units, dtypes)  # for its checks of the weights
@@ -88,19 +88,21 @@ def _alone(counter: Counter, unit: float, dtype: np.dtype[Any], sparsity: float,
 def find_on_device(
     weights: Sequence[torch.Tensor], sparsity: float, method: Method, layouts: Sequence[ChannelLayout]
 ) -> Searched:
-    """:func:`find` for plain tensors, in PyTorch operations that nobody waits for.
+    """:func:`find` in PyTorch operations that nobody waits for; of sharded weights all processes have to ask.
 
     Raises:
         ValueError: there is no weight at all.
     """
+    is_sharded = any(map(is_dtensor, weights))
+    find = sharded.find_on_device if is_sharded else device.find_thresholds
     units = tensor_units([weight.shape for weight in weights], [NUMPY_DTYPES[w.dtype] for w in weights], method)
     if method.scope == "global" or not sparsity or not any(weight.numel() for weight in weights):
-        return device.find_thresholds(weights, units, sparsity)
-    finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
+        return find(weights, units, sparsity)
+    finite = sharded.are_finite(weights)
     if method.scope == "n:m":
         return Searched(largest_limits(weights, layouts, method), finite)
     parts = [
-        device.find_thresholds([weight], [unit], sparsity)
+        find([weight], [unit], sparsity)
         if weight.numel()
         else Searched(torch.zeros(1, dtype=torch.float64, device=weight.device), finite)
         for weight, unit in zip(weights, units, strict=True)
@@ -123,7 +125,8 @@ def read(thresholds: Thresholds, weights: Mapping[str, torch.Tensor]) -> NDArray
     if not isinstance(thresholds, Searched):
         return thresholds
     if not thresholds.finite:
-        bad = (non_finite(w, name) for name, w in weights.items() if not w.detach().isfinite().all())
+        parts = ((name, local(weight)) for name, weight in weights.items())
+        bad = (non_finite(part, name) for name, part in parts if not part.isfinite().all())
         raise ValueError(
             next(bad, "find_thresholds: a weight was NaN or infinite after the last step; find out where it diverged")
         )

@@ -25,13 +25,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from st3_torch import PolynomialSchedule, Sparsifier
+from st3_torch import PolynomialSchedule, Sparsifier, device
 from st3_torch.layers import ChannelLayout
 from st3_torch.operator import forward_weight
-from st3_torch.search import find
+from st3_torch.search import find, find_on_device, read
 from st3_torch.sharded import Grid
 from st3core import get_method
 from st3core.search import Forecast
+from tests.st3_torch.nothing_is_read import NothingIsRead
 
 STEPS, BATCH = 6, 8
 CHECKS = {}
@@ -285,6 +286,48 @@ def fsdp_equals_one_process():
         same_parameters(model, expected.model)
         assert sparsifier.sparsity == expected.sparsity
         assert sparsifier.report().to_dict() == expected.report().to_dict()
+
+
+@contextlib.contextmanager
+def on_device():
+    """The path of other devices, forced on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("operator._on_cpu", "counting.on_cpu", "plan.on_cpu"):
+            patch.setattr(f"st3_torch.{place}", lambda tensor: False)
+        patch.setattr(device, "suits", lambda weights: True)
+        yield
+
+
+@check(2, 4)
+def fsdp_on_a_device_equals_one_process():
+    by_layer = dataclasses.replace(get_method("gmp"), scope="layer")
+    with on_device():
+        for method in ("st3_sigma", by_layer):
+            expected, thresholds, _ = alone(dist.get_world_size(), method=method)
+            model, sparsifier = sparsified("shard, sparsify", method=method)
+            found, _ = train(model, sparsifier, torch.optim.SGD(model.parameters(), **OPTIONS))
+            with NothingIsRead():
+                sparsifier.step()
+            assert isinstance(sparsifier._thresholds, device.Searched)
+            assert found == thresholds
+            same_parameters(model, expected.model)
+            assert sparsifier.sparsity == expected.sparsity
+
+
+@check(2, 4)
+def on_a_device_all_processes_see_what_one_finds_wrong():
+    rank, bad = dist.get_rank(), min(dist.get_world_size() - 1, 2)
+    by_layer = dataclasses.replace(get_method("st3"), scope="layer")
+    with on_device():
+        for method in ("st3", by_layer):
+            model, sparsifier = sparsified("shard, sparsify", method=method)
+            before = [kernel.parametrization.threshold.item() for kernel in sparsifier._kernels]
+            if rank == bad:
+                model[0].parametrizations.weight.original.to_local().data.view(-1)[0] = float("inf")
+            sparsifier.step()  # nobody looks
+            with pytest.raises(ValueError, match="0.weight must be finite" if rank == bad else "was NaN or infinite"):
+                sparsifier.thresholds  # noqa: B018
+            assert [kernel.parametrization.threshold.item() for kernel in sparsifier._kernels] == before
 
 
 @check(2)
@@ -670,6 +713,7 @@ def thresholds_of_parts_are_those_of_the_whole():
                     expected = find(dict(zip(names, typed, strict=True)), sparsity, method)
                     named = dict(zip(names, spread, strict=True))
                     assert (find(named, sparsity, method, forecast=forecast) == expected).all()
+                    assert (read(find_on_device(spread, sparsity, method, ()), named) == expected).all()
 
 
 @check(2)

@@ -1,9 +1,10 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import st3core
 from st3_torch import Sparsifier, device
@@ -11,6 +12,7 @@ from st3_torch.memory import NUMPY_DTYPES
 from st3core.reference import position
 from st3core.search import tensor_units
 from tests.st3_torch.networks import batch, ramp, small_net, train_step
+from tests.st3_torch.nothing_is_read import NothingIsRead, ReadError
 from tests.st3_torch.test_operator import TORCH_DTYPES, as_tensor
 from tests.st3_torch.test_sparsifier import bits, sgd
 from tests.strategies import sparsities, weight_lists
@@ -88,6 +90,30 @@ def test_one_graph_for_every_threshold():
     assert len(graphs) == 1
 
 
+class Recorder:
+    """Processes that hold nothing, and what they were asked."""
+
+    def __init__(self):
+        self.sums, self.collectives = 0, 0
+
+    def sum_tensor(self, values):
+        self.sums, self.collectives = self.sums + values.numel(), self.collectives + 1
+        return values
+
+    def least_tensor(self, values):
+        self.collectives += 1
+        return values
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_what_processes_send_is_what_the_page_says(dtype):
+    asked = Recorder()
+    device.find_thresholds([torch.randn(9).to(dtype)], [1.0], 0.5, processes=asked)
+    page = " ".join((Path(__file__).parents[2] / "docs/distributed.md").read_text(encoding="utf-8").split())
+    assert f"adds up {asked.sums:,} counts" in page
+    assert f"in {asked.collectives} collectives" in page
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 def test_the_compiler_keeps_every_bit():
     torch._dynamo.reset()
@@ -124,23 +150,6 @@ def test_training_there_is_training_on_the_cpu(method, request):
     zeros = [bits(sp.finalize()) for sp in (expected, found)]
     for name, value in zeros[0].items():
         assert torch.equal(value == 0, zeros[1][name] == 0)
-
-
-class ReadError(AssertionError):
-    """Something on the host wanted to know a value."""
-
-
-class NothingIsRead(TorchDispatchMode):
-    """Refuses every operation that a device would have to be waited for."""
-
-    READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal", "is_nonzero")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        boolean_index = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if name in self.READING or boolean_index:
-            raise ReadError(name)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["st3", "st3_sigma", "hard_ste", "gmp"])
