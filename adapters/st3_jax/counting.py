@@ -32,7 +32,20 @@ def count_below(weight: jax.Array, bounds: jax.Array) -> jax.Array:
     weight, bounds = lax.optimization_barrier((weight, bounds))
     keys, limits = own_keys(weight), bounds.astype(integer_of(weight.dtype))
     packed = sum((keys < limits[i]).astype(np.int32) << np.int32(4 * i) for i in range(PIVOTS))
-    nibbles = counts_added(_as_rows(jnp.asarray(packed)), 15)
+    return counts_of_nibbles(_as_rows(jnp.asarray(packed)), 15)
+
+
+def counts_of_nibbles(packed: jax.Array, most: int) -> jax.Array:
+    """Sums over all elements of what lies in four bits each, of an int32; as many as fit there are added at first.
+
+    Args:
+        packed: int32.
+        most: elements whose sums fit in four bits.
+
+    Returns:
+        int64, shape (7,).
+    """
+    nibbles = counts_added(packed, most)
     even, odd = (counts_added((nibbles >> np.int32(shift)) & np.int32(0x0F0F0F0F), 17) for shift in (0, 4))
     bytes_ = [((even, odd)[i % 2] >> np.int32(8 * (i // 2))) & np.int32(0xFF) for i in range(PIVOTS)]
     return jnp.stack(bytes_).sum(tuple(range(1, nibbles.ndim + 1)), dtype=np.int64)

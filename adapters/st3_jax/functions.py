@@ -13,7 +13,8 @@ from st3_jax import search
 from st3_jax.leaves import Layout, whole_layout
 from st3_jax.operator import forward_weight
 from st3_jax.scopes import largest_limit
-from st3_jax.search import Weights, find_neighbours
+from st3_jax.search import find_neighbours
+from st3_jax.weights import Weights
 from st3core._validation import (
     as_channel_axes,
     as_input_axis,

@@ -13,9 +13,10 @@ from st3_jax.keys import integer_of
 from st3_jax.leaves import Layout
 from st3_jax.operator import least_squares_scale
 from st3_jax.ramp import position_of
-from st3_jax.search import Weights, find_neighbours
+from st3_jax.search import find_neighbours
 from st3_jax.state import Forecast, State
 from st3_jax.thresholds import global_threshold, tensor_limit
+from st3_jax.weights import Weights
 from st3core.method import Method
 
 

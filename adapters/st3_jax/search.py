@@ -1,8 +1,6 @@
 """The exact global threshold within a compiled step: counting in narrower and narrower intervals (equation 2)."""
 
-from collections.abc import Sequence
-from functools import partial, reduce
-from math import prod
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,18 +9,13 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
-from st3_jax.counting import PIVOTS, count_below
-from st3_jax.keys import Kind, common_float, infinity, own_bounds
-from st3_jax.leaves import MeshAxes
-from st3core.method import Method
-from st3core.search import tensor_units, thresholds_between
+from st3_jax.counting import PIVOTS
+from st3_jax.shortlist import LONGEST
+from st3_jax.weights import Weights
+from st3core.search import thresholds_between
 
 _LEAST_REACH = 16
 """Keys on either side of the forecast that are looked at first, at least."""
-
-
-_STRAIGHT, _LARGE = 3, 1 << 20
-"""Passes that are compiled one by one where there are so many weights; a search in training takes about as many."""
 
 
 class Interval(NamedTuple):
@@ -46,55 +39,6 @@ class Neighbours(NamedTuple):
     second: jax.Array
 
 
-class Weights:
-    """The weights that compete, seen as keys.
-
-    Args:
-        arrays: float16, bfloat16, float32 or float64, of any shapes.
-        method: its score matters here.
-        mesh_axes: how each is spread over devices, within ``shard_map``; by default every device has all of it.
-    """
-
-    def __init__(
-        self, arrays: Sequence[jax.Array], method: Method, mesh_axes: Sequence[MeshAxes] | None = None
-    ) -> None:
-        spread = mesh_axes or [((),) * array.ndim for array in arrays]
-        shapes = [whole_shape(array, own) for array, own in zip(arrays, spread, strict=True)]
-        dtypes = [np.dtype(array.dtype) for array in arrays]
-        units = tensor_units(shapes, dtypes, method)
-        self.kinds = [Kind(dtype, unit) for dtype, unit in zip(dtypes, units, strict=True)]
-        self.common = common_float(dtypes)
-        self.infinity = infinity(self.common)
-        self.size = sum(map(prod, shapes))
-        self._parts = [
-            _Part(array, kind, tuple(name for names in own for name in names))
-            for array, kind, own in zip(arrays, self.kinds, spread, strict=True)
-            if array.size
-        ]
-
-    def count_below(self, bounds: jax.Array) -> jax.Array:
-        """How many magnitudes lie below each of :data:`PIVOTS` common keys."""
-        own = {kind: own_bounds(bounds, kind, self.common) for kind in set(self.kinds)}
-        total = jnp.zeros(PIVOTS, np.int64)
-        for names in {part.mesh_axes for part in self._parts}:
-            count = sum(count_below(p.array, own[p.kind]) for p in self._parts if p.mesh_axes == names)
-            total += lax.psum(count, names) if names else count
-        return total
-
-
-class _Part(NamedTuple):
-    """One tensor, or this device's shard of it."""
-
-    array: jax.Array
-    kind: Kind
-    mesh_axes: tuple[str, ...]
-
-
-def whole_shape(array: jax.Array, mesh_axes: MeshAxes) -> list[int]:
-    """Shape of the array of which this is a shard."""
-    return [length * prod(map(lax.axis_size, names)) for length, names in zip(array.shape, mesh_axes, strict=True)]
-
-
 class _Progress(NamedTuple):
     """What is known after some passes."""
 
@@ -102,8 +46,19 @@ class _Progress(NamedTuple):
     """Where the key of the rank is."""
     second: Interval
     """Where the key of the next rank is."""
-    passes: jax.Array
+    reach: jax.Array
+    """How near the forecast the first probably is; a negative number if the forecast has been of use already."""
     are_finite: jax.Array
+    may_list: jax.Array
+    """Whether a shortlist may tell the weights near the rank apart."""
+
+
+class _Target(NamedTuple):
+    """What is searched for."""
+
+    rank: jax.Array
+    forecast: jax.Array
+    infinity: int
 
 
 def find_neighbours(weights: Weights, rank: jax.Array, forecast: jax.Array, reach: jax.Array) -> Neighbours:
@@ -112,44 +67,108 @@ def find_neighbours(weights: Weights, rank: jax.Array, forecast: jax.Array, reac
     Args:
         weights: at least one weight.
         rank: 0-based; int64.
-        forecast: common key near which the first probably is; int64.
+        forecast: common key near which the first probably is, 0 if none is known; int64.
         reach: how near. A bad forecast costs passes over the weights, never exactness.
 
     Returns:
         The two keys; that of infinity as the second where there is none.
     """
-    top, zero = jnp.int64(weights.infinity), jnp.int64(0)
-    size = jnp.int64(weights.size)
-    start = _Progress(
-        Interval(zero, top, zero, size), Interval(zero, top + 1, zero, size + 1), jnp.int32(0), jnp.bool_(True)
-    )
-    hint = _around(forecast, reach, weights.infinity)
+    target = _Target(rank, forecast, weights.infinity)
+    top, zero, size = jnp.int64(weights.infinity), jnp.int64(0), jnp.int64(weights.size)
+    first, second = Interval(zero, top, zero, size), Interval(zero, top + 1, zero, size + 1)
+    near = jnp.where(forecast > 0, reach, LONGEST + 1)
+    start = _Progress(first, second, near, jnp.bool_(True), jnp.bool_(True))
+    by_all = partial(_by_all, weights, target)
 
     def narrow(known: _Progress) -> _Progress:
-        interval = jax.tree.map(partial(jnp.where, _is_open(known.first)), known.first, known.second)
-        wanted = jnp.where(_is_open(known.first), rank, rank + 1)
-        pivots = jnp.where(known.passes == 0, hint, _pivots(interval, wanted, weights.infinity))
-        counts = weights.count_below(pivots)
-        first, second = (
-            _narrowed(one, pivots, counts, own) for one, own in ((known.first, rank), (known.second, rank + 1))
-        )
-        are_finite = jnp.where(known.passes == 0, counts[-1] == size, known.are_finite)
-        return _Progress(first, second, known.passes + 1, are_finite)
+        if not weights.have_shortlist:
+            return by_all(known)
+        narrowed: _Progress = lax.cond(_pays(known), partial(_by_few, weights, target), by_all, known)
+        return narrowed
+
+    found = lax.while_loop(_goes_on, narrow, start)
+    return Neighbours(*(jnp.where(found.are_finite, one.low, top) for one in (found.first, found.second)))
+
+
+def _goes_on(known: _Progress) -> jax.Array:
+    return known.are_finite & (_is_open(known.first) | _is_open(known.second))
+
+
+def _by_all(weights: Weights, target: _Target, known: _Progress) -> _Progress:
+    """Narrowed by a pass over all weights."""
+    pivots = _next_pivots(known, target)
+    counts = weights.count_below(pivots)
+    are_finite = jnp.where(known.reach < 0, known.are_finite, counts[-1] == weights.size)
+    return _narrowed(known, pivots, counts, target.rank)._replace(are_finite=are_finite)
+
+
+def _pays(known: _Progress) -> jax.Array:
+    """Whether a shortlist probably has the rank and the next one."""
+    low, high = _ends(known)
+    return known.may_list & (jnp.where(known.reach < 0, high - low, known.reach) <= LONGEST)
+
+
+def _ends(known: _Progress) -> tuple[jax.Array, jax.Array]:
+    """Keys between which the search goes on."""
+    low = jnp.where(_is_open(known.first), known.first.low, known.second.low)
+    high = jnp.where(_is_open(known.second), known.second.high, known.first.high)
+    return low, high
+
+
+def _by_few(weights: Weights, target: _Target, known: _Progress) -> _Progress:
+    """Narrowed by a pass that makes a shortlist, and by passes over that, as far as it goes."""
+    low, high = _listed(target, known)
+    few = weights.shortlist(low, high)
+    is_crowded = few.count_crowded() > 0
+
+    def narrow(known: _Progress) -> _Progress:
+        pivots = _next_pivots(known, target).clip(low, high)
+        pivots = pivots.at[0].set(jnp.where(known.reach < 0, pivots[0], low))
+        return _narrowed(known, pivots, few.count_below(pivots), target.rank)
 
     def goes_on(known: _Progress) -> jax.Array:
-        return known.are_finite & (_is_open(known.first) | _is_open(known.second))
+        interval, _ = _sought(known, target.rank)
+        is_within = (low <= interval.low) & (interval.high.clip(max=target.infinity) <= high)
+        return _is_open(interval) & (is_within | (known.reach >= 0)) & ~is_crowded
 
-    # On a CPU, XLA uses several threads outside of loops alone.
-    straight = _STRAIGHT if weights.size >= _LARGE else 0
-    found = lax.while_loop(goes_on, narrow, reduce(lambda known, _: narrow(known), range(straight), start))
-    return Neighbours(*(jnp.where(found.are_finite, one.low, top) for one in (found.first, found.second)))
+    found = lax.while_loop(goes_on, narrow, known)
+    # Where the forecast was bad, the next pass looks farther away.
+    is_bad = (known.reach >= 0) & _goes_on(found)
+    found = found._replace(reach=jnp.where(is_bad, 2 * LONGEST, found.reach))
+    return jax.tree.map(partial(jnp.where, is_crowded), known._replace(may_list=~is_crowded), found)
+
+
+def _listed(target: _Target, known: _Progress) -> tuple[jax.Array, jax.Array]:
+    """The interval of a shortlist: around the forecast, or all that is left."""
+    left = _ends(known)
+    low = jnp.where(known.reach < 0, left[0], target.forecast - LONGEST // 2).clip(0, target.infinity)
+    high = jnp.where(known.reach < 0, left[1], low + LONGEST).clip(0, target.infinity)
+    return low, high
+
+
+def _next_pivots(known: _Progress, target: _Target) -> jax.Array:
+    """Keys to count next."""
+    hint = _around(target.forecast, known.reach, target.infinity)
+    return jnp.where(known.reach < 0, _pivots(*_sought(known, target.rank), target.infinity), hint)
+
+
+def _sought(known: _Progress, rank: jax.Array) -> tuple[Interval, jax.Array]:
+    """The interval to narrow next, and the rank in it."""
+    is_first = _is_open(known.first)
+    return jax.tree.map(partial(jnp.where, is_first), known.first, known.second), jnp.where(is_first, rank, rank + 1)
+
+
+def _narrowed(known: _Progress, pivots: jax.Array, counts: jax.Array, rank: jax.Array) -> _Progress:
+    """What is known after these keys have been counted."""
+    first, second = _between(known.first, pivots, counts, rank), _between(known.second, pivots, counts, rank + 1)
+    return known._replace(first=first, second=second, reach=jnp.full_like(known.reach, -1))
 
 
 def _is_open(interval: Interval) -> jax.Array:
     return interval.high - interval.low > 1
 
 
-def _narrowed(interval: Interval, pivots: jax.Array, counts: jax.Array, rank: jax.Array) -> Interval:
+def _between(interval: Interval, pivots: jax.Array, counts: jax.Array, rank: jax.Array) -> Interval:
     """The interval between the two pivots next to the rank."""
     is_left = counts <= rank
     low = jnp.where(is_left, pivots, interval.low).max(initial=interval.low)

@@ -20,8 +20,9 @@ from st3_jax.leaves import Axes, Layout, Leaf, Rule, Selection, over_shards, rep
 from st3_jax.operator import forward_weight
 from st3_jax.ramp import Ramp
 from st3_jax.scopes import Competitors
-from st3_jax.search import Weights, read_thresholds, whole_shape
+from st3_jax.search import read_thresholds
 from st3_jax.state import State, first_state
+from st3_jax.weights import Weights, whole_shape
 from st3core import PolynomialSchedule
 from st3core.method import Method, get_method
 from st3core.report import LayerReport, Report

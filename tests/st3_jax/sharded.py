@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from st3_jax import PolynomialSchedule, Sparsifier
+from st3_jax import PolynomialSchedule, Sparsifier, shortlist, weights
+from st3_jax.search import find_neighbours
+from st3_jax.weights import Weights
 from st3core import get_method
 
 SCHEDULES = {
@@ -49,6 +51,46 @@ def assert_same_bits(found, expected):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+def assert_nothing_gathered(compiled):
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    for name in ("all-gather", "all-to-all", "collective-permute"):
+        assert name not in text
+
+
+def check_shortlist():
+    """Searches whose forecasts are good, bad, and next to ties, on shards as on one device."""
+    weights._LARGE, shortlist.SMALL = 0, 100
+    specs, method = (SPECS["first"]["kernel"], SPECS["second"]["kernel"]), get_method("st3_sigma")
+    arrays = [np.array(layer["kernel"]) for layer in made_params().values()]
+    arrays[1][:40] = arrays[1][0, 0]
+
+    def search(arrays, hint, mesh_axes=None):
+        return find_neighbours(Weights(arrays, method, mesh_axes), *hint)
+
+    mesh = Mesh(np.array(jax.devices()), ("model",))
+    shards = jax.device_put(arrays, [NamedSharding(mesh, spec) for spec in specs])
+    with jax.enable_x64(True):
+        axes = [((), ("model",)), (("model",), ())]
+        mapped = jax.shard_map(
+            lambda arrays, hint: search(arrays, hint, axes),
+            mesh=mesh,
+            in_specs=(list(specs), PartitionSpec()),
+            out_specs=PartitionSpec(),
+        )
+        whole, hint = jax.jit(search), jnp.array([0, 0, 0])
+        spread = [jax.jit(own).lower(shards, hint).compile() for own in (search, mapped)]
+        for compiled in spread:
+            assert_nothing_gathered(compiled)
+        for rank in range(0, sum(array.size for array in arrays), 1999):
+            key = int(whole(arrays, jnp.array([rank, 0, 0]))[0])
+            for off in (0, -50, 3000):
+                hint = jnp.array([rank, key + off, 16])
+                for compiled in spread:
+                    assert_same_bits(compiled(shards, hint), whole(arrays, hint))
+                assert int(whole(arrays, hint)[0]) == key
+
+
 def check(name):
     method = LAYER if name == "layer" else get_method(name)
     schedule, params = SCHEDULES[0.5 if method.scope == "n:m" else 0.9], made_params()
@@ -59,9 +101,7 @@ def check(name):
     shards = jax.device_put(params, spread)
 
     compiled = jax.jit(lambda p: run(sparsifier, p)).lower(shards).compile()
-    assert "all-reduce" in compiled.as_text()
-    assert "all-gather" not in compiled.as_text()
-    assert "all-to-all" not in compiled.as_text()
+    assert_nothing_gathered(compiled)
     found = compiled(shards)
     assert_same_bits(found, expected)
     assert not found[1]["first"]["kernel"].sharding.is_fully_replicated
@@ -80,4 +120,4 @@ def check(name):
 if __name__ == "__main__":
     assert len(jax.devices()) == 4
     for name in sys.argv[1:]:
-        check(name)
+        check_shortlist() if name == "shortlist" else check(name)

@@ -3,13 +3,10 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-import st3core
-from st3_jax import find_thresholds, functions, search
 from st3_jax.counting import PIVOTS, count_below
 from st3_jax.keys import integer_of
 from st3_jax.rows import SMALL, float64_sums
@@ -52,14 +49,3 @@ def test_sums(shape):
         found = jax.jit(partial(float64_sums, terms=lambda x, y: (x, x * y), axes=axes))((values, values))
         for total, terms in zip(found, (values, values**2), strict=True):
             np.testing.assert_allclose(total, terms.sum(axes, dtype=np.float64, keepdims=True), rtol=1e-14)
-
-
-def test_passes_within_and_before_the_loop_find_the_same(monkeypatch):
-    weights = [np.random.default_rng(2).standard_normal(shape).astype(np.float32) for shape in ((150, 128), (3, 3))]
-    expected = st3core.find_thresholds(weights, 0.9).tolist()
-    assert find_thresholds(list(map(jnp.asarray, weights)), 0.9).tolist() == expected
-    monkeypatch.setattr(search, "_LARGE", 0)
-    jax.clear_caches()
-    functions._neighbours.clear_cache()
-    assert find_thresholds(list(map(jnp.asarray, weights)), 0.9).tolist() == expected
-    jax.clear_caches()
