@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import machine
 from benchmarks.options import require_one
 from examples.digits import Settings, load_data, train_dense, train_sparse, versions
 
@@ -105,7 +106,8 @@ def main() -> None:
     summaries = {method: summarize(results, method) for method in METHODS}
     print_table(summaries, f"Handwritten digits, {100 * options.sparsity:g} % zeros, {options.seeds} seeds")
     settings = {"sparsity": options.sparsity, "epochs": options.epochs, "seeds": options.seeds}
-    figures = {"settings": settings, "versions": versions(), "methods": summaries}
+    origin = machine.provenance("python -m benchmarks.accuracy")
+    figures = {"settings": settings, "origin": origin, "versions": versions(), "methods": summaries}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.accuracy_keras import ROWS, compare
 from benchmarks.grid import Grid
 from benchmarks.study.page import draw, section
@@ -33,7 +34,7 @@ Other seeds, versions and machines give other figures.
 
 Mean and standard deviation over the seeds.
 
-Measured with {versions}.
+Measured with {origin}.
 
 ### Keras beside the PyTorch adapter
 
@@ -52,7 +53,7 @@ Gradients are clipped with the penalty in them in Keras, and before weight decay
 what is added to the velocity in Keras, and the velocity itself in PyTorch; and the running variances of batch
 normalization are unbiased in PyTorch only.
 
-Measured with {keras_versions}.
+Measured with {keras_origin}.
 
 ### JAX beside the PyTorch adapter
 
@@ -61,7 +62,7 @@ PyTorch; the running variances of batch normalization are biased, as in Keras.
 
 {jax}
 
-Measured with {jax_versions}.
+Measured with {jax_origin}.
 
 ## How to repeat it
 
@@ -95,10 +96,10 @@ def page(figures: dict[str, Any], keras: dict[str, Any], jax: dict[str, Any], st
         beyond=sum(errors > 2 for errors in apart.values()) or "none",
         dense=max(errors for (method, _), errors in apart.items() if method == "dense"),
         sparse=max(errors for (method, _), errors in apart.items() if method != "dense"),
-        versions=_versions(figures["versions"]),
-        keras_versions=_versions(keras["versions"]),
+        origin=_origin(figures),
+        keras_origin=_origin(keras),
         jax=_adapter_grid(methods, {m: {"JAX adapter": jax["methods"][m]} for m in ROWS}).markdown(),
-        jax_versions=_versions(jax["versions"]),
+        jax_origin=_origin(jax),
     )
 
 
@@ -141,8 +142,9 @@ def _spread(row: dict[str, Any]) -> tuple[str, str]:
     return f"{100 * row['mean']:.2f}", f"{100 * row['standard_deviation']:.2f}"
 
 
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def _origin(figures: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+    return f"{machine.measured(figures['origin'])}; {versions}"
 
 
 if __name__ == "__main__":

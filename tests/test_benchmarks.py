@@ -11,6 +11,8 @@ from benchmarks import (
     alternatives,
     bounds,
     distributed,
+    keras_step,
+    marked,
     network,
     page,
     shapes,
@@ -54,7 +56,7 @@ def test_accuracies_were_measured_with_the_same_settings():
 
 def test_readme_table_is_what_the_figures_make():
     readme = page.README.read_text(encoding="utf-8")
-    assert page.with_table(readme, page.readme_table(FIGURES)) == readme
+    assert marked.replaced(readme, page.MARK, page.readme_table(FIGURES)) == readme
 
 
 SHARDED = json.loads(distributed.RESULTS.read_text(encoding="utf-8"))
@@ -62,7 +64,7 @@ SHARDED = json.loads(distributed.RESULTS.read_text(encoding="utf-8"))
 
 def test_distributed_page_has_the_table_of_its_figures():
     text = distributed.PAGE.read_text(encoding="utf-8")
-    assert distributed.with_table(text, SHARDED) == text
+    assert marked.replaced(text, distributed.MARK, distributed.table(SHARDED)) == text
 
 
 def test_sharded_search_takes_less_than_a_megabyte_and_sends_less_than_that_whatever_the_size():
@@ -72,9 +74,23 @@ def test_sharded_search_takes_less_than_a_megabyte_and_sends_less_than_that_what
     assert len({row["weights"] for row in SHARDED["rows"]}) == 3
 
 
-def test_with_table_wants_one_place():
-    with pytest.raises(ValueError, match="must have one marked table, got 0"):
-        page.with_table("# Speed\n", "| a |")
+def test_a_table_wants_one_place():
+    for text in ("# Speed\n", 2 * "<!-- here -->\n\n| a |\n\n<!-- end -->\n"):
+        with pytest.raises(ValueError, match=r"must have one place marked 'here', got [02]"):
+            marked.replaced(text, "here", "| b |")
+
+
+def test_keras_page_has_the_table_of_its_figures():
+    text, figures = (path.read_text(encoding="utf-8") for path in (keras_step.PAGE, keras_step.RESULTS))
+    assert marked.replaced(text, keras_step.MARK, keras_step.table(json.loads(figures))) == text
+
+
+@pytest.mark.parametrize("path", sorted(page.RESULTS.parent.glob("*.json*")), ids=lambda path: path.name)
+def test_figures_name_where_they_come_from(path):
+    for line in path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+        text = json.dumps(json.loads(line))
+        assert all(f'"{name}": ' in text for name in ("command", "processor", "python"))
+        assert '"commit": ' in text or '"commits": ' in text
 
 
 def test_every_part_has_been_measured():
@@ -151,9 +167,7 @@ def test_traced_peak_sees_what_a_call_allocates():
 def test_export_page_has_the_table_that_the_figures_make():
     text = sparse_kernels.PAGE.read_text(encoding="utf-8")
     figures = json.loads(sparse_kernels.RESULTS.read_text(encoding="utf-8"))
-    assert sparse_kernels.with_table(text, figures) == text
-    with pytest.raises(ValueError, match="must have one marked table, got 0"):
-        sparse_kernels.with_table("# Export\n", figures)
+    assert marked.replaced(text, sparse_kernels.MARK, sparse_kernels.table(figures)) == text
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")

@@ -31,7 +31,7 @@ the {confidence:g} % confidence interval of the mean, from Student's distributio
 the differences from ST-3, seed by seed, whose interval leaves zero out; each is looked at by itself, so that of many,
 one in twenty says so by chance. Which data, networks and recipes: `benchmarks/study/tasks.py`.
 
-Trained with `{command}` at commit {commits}, on {machines}; {versions}.
+Trained with {origins}; {versions}.
 
 {sections}"""
 
@@ -80,9 +80,7 @@ def section() -> str:
         seeds=" to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))),
         tasks="one task" if len(tasks) == 1 else f"{len(tasks)} tasks",
         confidence=100 * CONFIDENCE,
-        command=settings[0]["command"],
-        commits=", ".join(dict.fromkeys(own["commit"] for own in settings)),
-        machines="; ".join(dict.fromkeys(machine.name(own) for own in settings)),
+        origins="; ".join(dict.fromkeys(map(machine.measured, settings))),
         versions=machine.versions(settings[0]),
         sections="\n".join(_task(found, task) for task in tasks),
     )
