@@ -4,9 +4,10 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.study import plot
-from benchmarks.study.plan import METHODS, SPARSITIES, every_run
+from benchmarks.study.plan import ABLATED_AT, METHODS, SPARSITIES, every_run
 from benchmarks.study.results import (
     CONFIDENCE,
+    PARTS,
     PATH,
     Found,
     ablation_grid,
@@ -56,6 +57,11 @@ _ABLATION = """
 Parts of ST-3: what replacing one does to the {score}, seed by seed against ST-3 itself:
 
 {ablation}
+
+What makes the score worse in the place of a part speaks for the paper's choice of that part; what makes it better
+speaks against it:
+
+{verdicts}
 """
 
 
@@ -106,7 +112,22 @@ def _task(found: Found, task: str) -> str:
         findings="\n".join(_findings(found, task)),
         groups=groups_grid(scores, zeros, task).markdown(),
     )
-    return text + (_ABLATION.format(score=kind.score, ablation=ablation.markdown()) if ablation.rows else "")
+    if not ablation.rows:
+        return text
+    verdicts = "\n".join(_on_the_paper(found, task))
+    return text + _ABLATION.format(score=kind.score, ablation=ablation.markdown(), verdicts=verdicts)
+
+
+def _on_the_paper(found: Found, task: str) -> list[str]:
+    """Which of the paper's choices this task speaks for, and which against."""
+    says = {"worse": "for the paper's choice", "better": "against it", "undecided": "undecided"}
+    lines: dict[str, list[str]] = {sentence: [] for sentence in says.values()}
+    for method, name in PARTS.items():
+        for sparsity in ABLATED_AT:
+            change = differences(found, task, method, "st3", sparsity)
+            if change is not None:
+                lines[says[verdict(change, TASKS[task].higher_is_better)]].append(f"{name} at {100 * sparsity:g} %")
+    return [f"- {sentence}: {'; '.join(places) or 'none'}." for sentence, places in lines.items()]
 
 
 def _findings(found: Found, task: str) -> list[str]:
