@@ -112,7 +112,7 @@ def normalized(images: Tensor) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train from the command line."""
     parser = options.parser("Sparse-train a ResNet-20 on CIFAR-10.", out="runs/cifar", epochs=160, batch_size=128)
-    parser.add_argument("--width", type=int, default=16, help="channels of the first layer")
+    parser.add_argument("--width", type=options.at_least_one, default=16, help="channels of the first layer")
     found = vars(parser.parse_args(arguments))
     width, settings = found.pop("width"), training.Settings(**found)
     with started() as processes:

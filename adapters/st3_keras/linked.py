@@ -45,6 +45,18 @@ def words(address, count):  # type: ignore[no-untyped-def]
     return carray(_pointer(address), (count,), np.int64)
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def call(typing_context: Any, function: types.Type, value: types.Type) -> Any:
+    """Call the C function at an address, from int64 to int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(word, [word]).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
+
+    return types.int64(types.int64, types.int64), generate
+
+
 def link() -> None:
     """Compile the kernels, unless that was done before, and let the linker know where they are."""
     for name in _SIGNATURES:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from st3_keras import calls
 from st3_keras.backend import BACKEND, are_local, as_stored, can_call_host, constant, dtype_name, is_traced, wide
+from st3_keras.foreign import ForeignStep, State
 from st3_keras.host import Found, HostStep
 from st3_keras.layers import Kernel
 from st3_keras.ops import forward_weight, least_squares_scale
@@ -64,13 +65,21 @@ class Plan:
         given = zip(self._input_axes, shapes, self.channel_axes, strict=True)
         self.input_axes = [default_input_axis(len(s), axes) if a is None else int(a) for a, s, axes in given]
         self.host = HostStep(self.names, shapes, dtypes, self.channel_axes, self.input_axes, self.method, self.schedule)
-        self.local = are_local(raw)
-        self.xla_step: Any = None
-        if BACKEND == "jax" and self.local:
-            from st3_keras.xla_step import XlaStep, is_available
+        self._choose_call(raw)
 
-            self.local = is_available()
-            self.xla_step = XlaStep(self.host, self._on_host)
+    def _choose_call(self, raw: Sequence[Any]) -> None:
+        """How a traced step lets the host work on its memory, if it can."""
+        self.local, self.foreign = are_local(raw), ForeignStep(self.host, self._on_host)
+        self.within: Any = partial(calls.in_tensorflow_graph, self._on_host)
+        if self.local and BACKEND == "jax":
+            from st3_keras import xla_step
+
+            self.local, self.within = xla_step.is_available(), partial(xla_step.within, self.foreign)
+        if self.local and BACKEND == "tensorflow":
+            from st3_keras import tf_step
+
+            if tf_step.is_available():
+                self.within = partial(tf_step.within, self.foreign)
 
     def readable(self, place: int) -> Any:
         """A kernel's raw weight for the logged loss; JAX can read it within a step of ``fit`` only."""
@@ -116,8 +125,7 @@ class Plan:
             self._write_inside(raw, limits)
             return limits, *others
         if is_traced(raw):
-            within = self.xla_step or partial(calls.in_tensorflow_graph, self._on_host)
-            new, forward = within(self.frozen, step, state, raw)
+            new, forward = self.within(self.frozen, step, state, raw)
             self.assign(forward)
             return list(new)
         known = [constant(part) for part in state]
@@ -125,9 +133,7 @@ class Plan:
         self._eagerly(lambda addresses: found.extend(self._on_host(self.frozen, int(step), known, addresses)), raw)
         return found
 
-    def _on_host(
-        self, frozen: bool, step: int, state: Sequence[np.ndarray], addresses: NDArray[np.int64]
-    ) -> calls.State:
+    def _on_host(self, frozen: bool, step: int, state: Sequence[np.ndarray], addresses: NDArray[np.int64]) -> State:
         limits, magnitudes, clock = state
         if clock[2] or frozen:
             if not (clock[2] and frozen):

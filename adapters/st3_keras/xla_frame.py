@@ -7,12 +7,9 @@ int64 too. These functions are inlined into a Numba ``cfunc``, which XLA may cal
 import ctypes
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from st3_keras.linked import array, words
 
@@ -37,18 +34,6 @@ def api_version(include: Path) -> tuple[int, int] | None:
     found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
     major, minor = (int(match[1]) if match else None for match in found)
     return None if major is None or minor is None else (major, minor)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def call(typing_context: Any, function: types.Type, value: types.Type) -> Any:
-    """Call the C function at an address, from int64 to int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(64)
-        kind = ir.FunctionType(word, [word]).as_pointer()
-        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
-
-    return types.int64(types.int64, types.int64), generate
 
 
 @_inline

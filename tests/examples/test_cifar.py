@@ -109,3 +109,10 @@ def test_networks_have_the_published_sizes():
     """Less the biases of the linear layers."""
     sizes = [sum(p.numel() for p in model.parameters()) for model in (networks.resnet50(), networks.cifar_resnet())]
     assert sizes == [25_557_032 - 1000, 272_474 - 10]
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--stop-after", "--width"])
+def test_counts_are_at_least_one(option, capsys):
+    with pytest.raises(SystemExit):
+        cifar.main(["--data", "there", option, "0"])
+    assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err

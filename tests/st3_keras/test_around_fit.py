@@ -376,8 +376,7 @@ def test_averages_that_nobody_keeps():
 
 
 @compiled
-@pytest.mark.parametrize("every", ["epoch", BATCHES])
-@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize(("every", "weights_only"), [("epoch", True), (BATCHES, False)])
 def test_checkpoints_resume_bit_for_bit(tmp_path, every, weights_only, mode):
     """Two epochs, then another from a checkpoint, against three at a stretch."""
     name = "{epoch}.weights.h5" if weights_only else "{epoch}.keras"
@@ -525,7 +524,7 @@ def multi():
     return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), parts))
 
 
-@compiled
+@default_mode
 @pytest.mark.parametrize("late", [False, True])
 def test_several_optimizers(tmp_path, late, mode):
     model = make(multi(), **mode)
@@ -661,8 +660,10 @@ def change_quantize(model):
     model.quantize("int8")
 
 
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("change", [change_lora, change_trainable, change_quantize])
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [(change_lora, True), (change_trainable, False), (change_trainable, True), (change_quantize, True)],
+)
 def test_kernels_that_do_not_train_any_more(change, again):
     model = make()
     sp = Sparsifier(model, ramp(0.8, end=6))

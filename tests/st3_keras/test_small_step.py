@@ -1,6 +1,7 @@
-"""A small step in one compiled call, and the foreign function of JAX, against the same step in Python and the core."""
+"""A small step in one compiled call, and within JAX and TensorFlow, against the same step in Python and the core."""
 
-import os
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -10,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from keras import layers
 
-from st3_keras import Sparsifier, compiled_step, host, linked, small_step
+from st3_keras import Sparsifier, compiled_step, foreign, host, linked, small_step
 from st3core import PolynomialSchedule, find_thresholds, get_method, sparsify
 from st3core.memory import chunk_table
 from st3core.operators import unit_table
@@ -18,11 +19,8 @@ from st3core.operators import unit_table
 from .networks import compiled, fit, raw_of, small_net, weights_of
 
 only_jax = pytest.mark.backends("jax")
-if os.environ.get("KERAS_BACKEND") == "jax":
-    import jax
-
-    from st3_keras import xla_step
-
+in_machine_code = pytest.mark.backends("jax", "tensorflow")
+only_tensorflow = pytest.mark.backends("tensorflow")
 linked.link()
 
 METHODS = ("st3", "st3_sigma", "hard_ste", "gmp")
@@ -138,30 +136,62 @@ def test_a_wrong_forecast_costs_time_only():
 
 
 def one_step(sparsifier):
-    """A compiled step of the Sparsifier alone, of raw weights."""
+    """A compiled step of the Sparsifier alone, from raw weights to the state and the forward weights, in a row."""
     state = np.zeros(3, np.float32), np.zeros(2, np.float32), np.array([-1, 0, 0], np.int32)
-    return jax.jit(lambda raw: sparsifier._sparse.plan.xla_step(False, np.int32(9), state, raw))
+
+    def step(raw):
+        new, forward = sparsifier._sparse.plan.within(False, np.int32(9), state, raw)
+        return [*new, *forward]
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(step)
+    import tensorflow as tf
+
+    return tf.function(step, reduce_retracing=False)
 
 
 def random_raw(sparsifier, seed=0):
     generator = np.random.default_rng(seed)
-    return [generator.standard_normal(raw.shape, np.float32) for raw in sparsifier._sparse.plan.raw]
+    arrays = [generator.standard_normal(raw.shape, np.float32) for raw in sparsifier._sparse.plan.raw]
+    return [keras.ops.convert_to_tensor(array) for array in arrays]
+
+
+def with_infinity(raw):
+    spoilt = keras.ops.convert_to_numpy(raw[1]).copy()
+    spoilt[0, 1, 2, 3] = np.inf
+    return [raw[0], keras.ops.convert_to_tensor(spoilt), *raw[2:]]
+
+
+NAMED = r"transposed/kernel must be finite, got inf at index \(0, 1, 2, 3\)"
 
 
 @only_jax
 def test_python_is_asked_to_name_a_weight_that_is_not_finite(asked):
     sp = Sparsifier(compiled(small_net()), PolynomialSchedule(0.9, begin_step=0, end_step=16))
     raw, step = random_raw(sp), one_step(sp)
-    assert np.isfinite(step(raw)[0][1]).all()
-    raw[1][0, 1, 2, 3] = np.inf
+    assert np.isfinite(step(raw)[1]).all()
     before = len(asked)
-    assert np.isnan(step(raw)[0][1]).all()
+    assert np.isnan(step(with_infinity(raw))[1]).all()
     assert len(asked) == before + 1
-    with pytest.raises(ValueError, match=r"transposed/kernel must be finite, got inf at index \(0, 1, 2, 3\)"):
+    with pytest.raises(ValueError, match=NAMED):
         raise sp._sparse.plan.failure
 
 
-@only_jax
+@only_tensorflow
+def test_a_weight_that_is_not_finite_is_an_error_that_names_it():
+    import tensorflow as tf
+
+    sp = Sparsifier(compiled(small_net()), PolynomialSchedule(0.9, begin_step=0, end_step=16))
+    raw, step = random_raw(sp), one_step(sp)
+    before = [np.array(x) for x in step(raw)]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"ValueError.*{NAMED}"):
+        step(with_infinity(raw))
+    assert all(np.array_equal(x, y) for x, y in zip(step(raw), before, strict=True))
+
+
+@in_machine_code
 def test_what_python_raises_is_an_error_of_the_step(monkeypatch):
     def fail(*arguments):
         raise LookupError("nothing there")
@@ -169,31 +199,68 @@ def test_what_python_raises_is_an_error_of_the_step(monkeypatch):
     monkeypatch.setattr(host, "suits", lambda _: False)
     model = compiled(small_net())
     sp = Sparsifier(model, PolynomialSchedule(0.9, begin_step=0, end_step=16))
-    sp._sparse.plan.xla_step._on_host = fail
+    sp._sparse.plan.foreign._on_host = fail
     with pytest.raises(Exception, match="LookupError: nothing there"):
         fit(model, sp)
 
 
-@only_jax
+@in_machine_code
 def test_a_step_that_outlives_its_sparsifier_says_so(monkeypatch):
-    monkeypatch.setattr(xla_step, "_steps", {})
+    monkeypatch.setattr(foreign, "_steps", {})
     monkeypatch.setattr(host, "suits", lambda _: False)
     model = compiled(small_net())
     sp = Sparsifier(model, PolynomialSchedule(0.9, begin_step=0, end_step=16))
-    xla_step._steps.clear()
+    foreign._steps.clear()
     with pytest.raises(Exception, match="this compiled step has outlived it"):
         fit(model, sp)
 
 
-@only_jax
+@only_tensorflow
+def test_a_step_lives_as_long_as_a_graph_that_has_it():
+    import tensorflow as tf
+
+    def make():
+        """A loop of two steps, whose body is a graph within that of the function."""
+        sp = Sparsifier(compiled(small_net()), PolynomialSchedule(0.9, begin_step=0, end_step=16))
+        raw, steps = random_raw(sp), [one_step(sp).python_function]
+
+        def body(count, first):
+            return count + 1, steps[0]([first, *raw[1:]])[3]
+
+        function = tf.function(lambda first: tf.while_loop(lambda count, _: count < 2, body, (0, first)))
+        first = function(raw[0])
+        steps.clear()  # there is a graph by now
+        return function, raw[0], first[1], weakref.ref(sp._sparse.plan.foreign)
+
+    function, first, expected, own = make()
+    gc.collect()
+    assert own() is not None
+    assert np.array_equal(function(first)[1], expected)
+    del function
+    gc.collect()
+    assert own() is None
+
+
+@only_tensorflow
+@pytest.mark.parametrize("method", ["st3", "st3_sigma"])
+def test_without_the_interface_of_kernels_python_gives_the_same_bits(method, monkeypatch):
+    from st3_keras import tf_step
+
+    schedule = PolynomialSchedule(0.9, begin_step=3, end_step=16)
+    own = trained(small_net, schedule, method)
+    monkeypatch.setattr(tf_step, "is_available", lambda: False)
+    assert trained(small_net, schedule, method) == own
+
+
+@in_machine_code
 def test_steps_at_once_do_not_meet():
     sp = Sparsifier(compiled(small_net()), PolynomialSchedule(0.9, begin_step=0, end_step=16))
     raws, step = [random_raw(sp, seed) for seed in range(8)], one_step(sp)
-    alone = [[np.array(x) for x in jax.tree.leaves(step(raw))] for raw in raws]
+    alone = [[np.array(x) for x in step(raw)] for raw in raws]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
             for found, expected in zip(pool.map(step, raws), alone, strict=True):
-                assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(found), expected, strict=True))
+                assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @given(
