@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    accuracy,
     accuracy_page,
     alternatives,
     bounds,
@@ -22,6 +23,7 @@ from benchmarks import (
     timing,
 )
 from benchmarks.study import page as study
+from benchmarks.study import results
 from st3core import find_thresholds, sparsify
 
 FIGURES = json.loads(page.RESULTS.read_text(encoding="utf-8"))
@@ -33,12 +35,24 @@ def test_page_is_what_the_figures_make():
 
 
 def accuracies():
-    paths = accuracy_page.RESULTS, accuracy_page.KERAS_RESULTS, accuracy_page.JAX_RESULTS
+    paths = accuracy.RESULTS, accuracy_page.KERAS_RESULTS, accuracy_page.JAX_RESULTS
     return (json.loads(path.read_text(encoding="utf-8")) for path in paths)
 
 
 def test_accuracy_page_is_what_the_figures_make():
     assert accuracy_page.PAGE.read_text(encoding="utf-8") == accuracy_page.page(*accuracies(), study.section())
+
+
+def test_accuracies_are_those_of_the_study():
+    figures, *_ = accuracies()
+    networks = [result for result, _ in accuracy.trained(results.read(results.PATH))]
+    assert figures["methods"] == {method: accuracy.summarize(networks, method) for method in accuracy.METHODS}
+
+
+def test_accuracies_in_the_readme_are_those_measured():
+    figures, *_ = accuracies()
+    readme = page.README.read_text(encoding="utf-8")
+    assert marked.replaced(readme, accuracy.MARK, accuracy.grid(figures["methods"]).markdown()) == readme
 
 
 def test_accuracies_are_shares_of_the_test_images():
