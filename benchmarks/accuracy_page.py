@@ -133,7 +133,7 @@ def _spread(row: dict[str, Any]) -> tuple[str, str]:
 
 def _origin(figures: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
-    return f"{machine.measured(figures['origin'])}; {versions}"
+    return f"{machine.measured(figures['origin'])}; {versions}" if "origin" in figures else versions  # of older ones
 
 
 if __name__ == "__main__":

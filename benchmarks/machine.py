@@ -49,8 +49,9 @@ def versions(machine: dict[str, Any]) -> str:
 
 
 def measured(origin: dict[str, Any]) -> str:
-    """A line that says where figures come from."""
-    return f"`{origin['command']}` at commit {origin['commit']}, on {name(origin)}"
+    """A line that says where figures come from; older ones do not know their commit."""
+    where = name(origin)
+    return f"`{origin['command']}` at commit {origin['commit']}, on {where}" if "commit" in origin else where
 
 
 def _commit() -> str:
