@@ -62,6 +62,8 @@ What makes the score worse in the place of a part speaks for the paper's choice 
 speaks against it:
 
 {verdicts}
+
+A network with an empty layer knows no more than a guess. {empty}
 """
 
 
@@ -115,7 +117,19 @@ def _task(found: Found, task: str) -> str:
     if not ablation.rows:
         return text
     verdicts = "\n".join(_on_the_paper(found, task))
-    return text + _ABLATION.format(score=kind.score, ablation=ablation.markdown(), verdicts=verdicts)
+    names = {"score": kind.score, "ablation": ablation.markdown(), "empty": _empty(found, task)}
+    return text + _ABLATION.format(verdicts=verdicts, **names)
+
+
+def _empty(found: Found, task: str) -> str:
+    """How many networks have lost a whole layer, of those kinds of which some have."""
+    kinds: dict[str, list[bool]] = {}
+    for run, own in found:
+        if run.task == task and "layers" in own:
+            name = f"{PARTS.get(run.method, run.method)} at {100 * run.sparsity:g} %"
+            kinds.setdefault(name, []).append(1.0 in own["layers"].values())
+    places = [f"{name}, {sum(lost)} of {len(lost)}" for name, lost in kinds.items() if any(lost)]
+    return f"There are such networks: {'; '.join(places)}." if places else "There is none here."
 
 
 def _on_the_paper(found: Found, task: str) -> list[str]:
