@@ -1,29 +1,30 @@
 """Accuracy on handwritten digits at one sparsity: ST-3 against its neighbours and the dense network.
 
-The network and the recipe are those of ``examples/digits.py``, the same for every method. Run it from
-the repository's root: ``python -m benchmarks.accuracy``; ``python -m benchmarks.accuracy_page`` then writes the page.
+The networks are those of the study at 99 % zeros, whose recipe is that of ``examples/digits.py``, the same for every
+method. Run it from the repository's root once ``python -m benchmarks.study --tasks digits`` has trained them:
+``python -m benchmarks.accuracy``; ``python -m benchmarks.accuracy_page`` then writes the page.
 """
 
-import argparse
 import json
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from benchmarks.options import require_one
-from examples.digits import Settings, load_data, train_dense, train_sparse, versions
+from benchmarks.grid import Grid
+from benchmarks.marked import replaced
+from benchmarks.study import results
+from benchmarks.study.plan import Run
+from examples.digits import Settings
 
 METHODS = ("dense", "st3", "st3_sigma", "hard_ste", "gmp")
+SPARSITY, SEEDS = 0.99, 5
+RESULTS = Path(__file__).parent / "results/accuracy.json"
+README = Path(__file__).parent.parent / "README.md"
+MARK = "from python -m benchmarks.accuracy"
+_MACHINE = ("processor", "cores", "threads", "system", "commit", "command")
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,21 @@ class Result:
     sparsity: float
 
 
-def measure(settings: Settings) -> Result:
-    """Train one network; the method ``"dense"`` has no zeros."""
-    data = load_data(settings.seed)
-    if settings.method == "dense":
-        return Result("dense", settings.seed, train_dense(data, settings).accuracy, 0.0)
-    run = train_sparse(data, settings)
-    return Result(settings.method, settings.seed, run.accuracy, run.report.sparsity)
+def trained(found: results.Found) -> list[tuple[Result, dict[str, Any]]]:
+    """The study's networks of this table, and what each was trained on and with.
 
-
-def measure_all(jobs: list[Settings], workers: int) -> Iterator[Result]:
-    """Results as they come, from processes of one thread each."""
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        pending = [pool.submit(measure, job) for job in jobs]
-        for future in as_completed(pending):
-            yield future.result()
+    Raises:
+        RuntimeError: some are missing.
+    """
+    known = dict(found)
+    runs = [Run("digits", m, 0.0 if m == "dense" else SPARSITY, seed) for m in METHODS for seed in range(SEEDS)]
+    missing = [run for run in runs if run not in known]
+    if missing:
+        raise RuntimeError(f"trained: train them by python -m benchmarks.study --tasks digits, got no {missing[0]}")
+    return [
+        (Result(run.method, run.seed, known[run]["score"] / 100, known[run]["zeros"]), known[run]["setting"])
+        for run in runs
+    ]
 
 
 def summarize(results: list[Result], method: str) -> dict[str, Any]:
@@ -66,48 +67,30 @@ def summarize(results: list[Result], method: str) -> dict[str, Any]:
     }
 
 
-def print_table(summaries: dict[str, dict[str, Any]], title: str) -> None:
-    """A row a method."""
-    table = Table("method", title=title)
-    for column in ("test accuracy (%)", "lowest", "zeros (%)"):
-        table.add_column(column, justify="right")
-    for method, figures in summaries.items():
-        spread = f"{100 * figures['mean']:.1f} ± {100 * figures['standard_deviation']:.1f}"
-        table.add_row(method, spread, f"{100 * figures['lowest']:.1f}", f"{100 * figures['sparsity']:.2f}")
-    Console().print(table)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Options from the command line."""
-    parser = argparse.ArgumentParser(
-        description="Accuracy on handwritten digits: ST-3, its neighbours and the dense network.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--sparsity", type=float, default=Settings.sparsity, help="share of zeros at the end")
-    parser.add_argument("--epochs", type=int, default=Settings.epochs, help="passes over the training images")
-    parser.add_argument("--seeds", type=int, default=5, help="networks to train with each method")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="networks to train at the same time")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.json"), help="file to write")
-    options = parser.parse_args()
-    require_one(parser, options, ("epochs", "seeds", "workers"))
-    return options
+def grid(summaries: dict[str, dict[str, Any]]) -> Grid:
+    """A row a method: mean and deviation over the seeds."""
+    names = "mean", "standard_deviation", "lowest", "sparsity"
+    shares = {method: [100 * figures[name] for name in names] for method, figures in summaries.items()}
+    rows = ((f"`{m}`", f"{x:.1f} ± {y:.1f}", f"{low:.1f}", f"{zeros:.2f}") for m, (x, y, low, zeros) in shares.items())
+    title = f"Handwritten digits, {100 * SPARSITY:g} % zeros, {SEEDS} seeds"
+    return Grid(title, ("method", "test accuracy (%)", "lowest", "zeros (%)"), tuple(rows))
 
 
 def main() -> None:
-    """Train every method with every seed, print and write the figures."""
-    options = parse_arguments()
-    jobs = [
-        Settings(sparsity=options.sparsity, method=method, epochs=options.epochs, seed=seed)
-        for seed in range(options.seeds)
-        for method in METHODS
-    ]
-    results = list(track(measure_all(jobs, options.workers), "training", total=len(jobs)))
-    summaries = {method: summarize(results, method) for method in METHODS}
-    print_table(summaries, f"Handwritten digits, {100 * options.sparsity:g} % zeros, {options.seeds} seeds")
-    settings = {"sparsity": options.sparsity, "epochs": options.epochs, "seeds": options.seeds}
-    figures = {"settings": settings, "versions": versions(), "methods": summaries}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    """Print and write the figures."""
+    networks = trained(results.read(results.PATH))
+    summaries = {method: summarize([result for result, _ in networks], method) for method in METHODS}
+    grid(summaries).print(Console())
+    setting = networks[0][1]
+    figures = {
+        "settings": {"sparsity": SPARSITY, "epochs": Settings.epochs, "seeds": SEEDS},
+        "origin": {name: setting[name] for name in _MACHINE},
+        "versions": {name: version for name, version in setting.items() if name not in _MACHINE},
+        "methods": summaries,
+    }
+    RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    readme = replaced(README.read_text(encoding="utf-8"), MARK, grid(summaries).markdown())
+    README.write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import argparse
 import json
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import machine
 from benchmarks.accuracy import Result, summarize
 from benchmarks.accuracy_keras import ROWS, as_channels_last, compare, print_table, pytorch_figures
 from benchmarks.options import require_one
@@ -78,7 +78,8 @@ def main() -> None:
     own = {m: {**pytorch[m], "standard_error": pytorch[m]["standard_deviation"] / sqrt(options.seeds)} for m in ROWS}
     title = f"Handwritten digits, {100 * options.sparsity:g} % zeros, {options.seeds} seeds"
     print_table({"st3_torch": own, "st3_jax": methods}, title)
-    figures: dict[str, Any] = {"settings": with_seeds, "versions": digits_jax.versions(), "methods": methods}
+    origin, versions = machine.provenance("python -m benchmarks.accuracy_jax"), digits_jax.versions()
+    figures = {"settings": with_seeds, "origin": origin, "versions": versions, "methods": methods}
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 

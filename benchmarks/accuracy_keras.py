@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import machine
 from benchmarks.accuracy import Result, summarize
 from benchmarks.options import require_one
 from examples.digits import Network, load_data
@@ -157,7 +158,8 @@ def main() -> None:
     print_table({"st3_torch": own, **{f"Keras, {backend}": keras[backend] for backend in BACKENDS}}, title)
     installed = packages_distributions()
     versions = {"st3core": version("st3core"), **{n: version(installed[n][0]) for n in ("keras", *BACKENDS)}}
-    figures = {"settings": with_seeds, "versions": versions, "backends": keras}
+    origin = machine.provenance("python -m benchmarks.accuracy_keras")
+    figures = {"settings": with_seeds, "origin": origin, "versions": versions, "backends": keras}
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 

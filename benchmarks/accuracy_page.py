@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import accuracy, machine
 from benchmarks.accuracy_keras import ROWS, compare
 from benchmarks.grid import Grid
 from benchmarks.study.page import draw, section
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/accuracy.json"
 KERAS_RESULTS = ROOT / "benchmarks/results/accuracy_keras.json"
 JAX_RESULTS = ROOT / "benchmarks/results/accuracy_jax.json"
 PAGE = ROOT / "docs/accuracy.md"
@@ -31,9 +31,9 @@ Other seeds, versions and machines give other figures.
 
 {methods}
 
-Mean and standard deviation over the seeds.
+Mean and standard deviation over the seeds, of networks of the study above.
 
-Measured with {versions}.
+Trained with {origin}.
 
 ### Keras beside the PyTorch adapter
 
@@ -52,7 +52,7 @@ Gradients are clipped with the penalty in them in Keras, and before weight decay
 what is added to the velocity in Keras, and the velocity itself in PyTorch; and the running variances of batch
 normalization are unbiased in PyTorch only.
 
-Measured with {keras_versions}.
+Measured with {keras_origin}.
 
 ### JAX beside the PyTorch adapter
 
@@ -61,13 +61,13 @@ PyTorch; the running variances of batch normalization are biased, as in Keras.
 
 {jax}
 
-Measured with {jax_versions}.
+Measured with {jax_origin}.
 
 ## How to repeat it
 
-`make study` trains the networks of the study, those of the table of methods at one sparsity, and writes this page;
-what the study has trained before it keeps, so that it may be stopped. `make study-quick` trains every method for a few
-steps, which says that it works and nothing more. `python -m benchmarks.accuracy_keras` and
+`make study` trains the networks of the study, of which the table of methods at one sparsity is made too, and writes
+this page; what the study has trained before it keeps, so that it may be stopped. `make study-quick` trains every method
+for a few steps, which says that it works and nothing more. `python -m benchmarks.accuracy_keras` and
 `python -m benchmarks.accuracy_jax` train those of the other adapters, and `python -m benchmarks.accuracy_page` writes
 the page again. `--help` lists what can be varied. The numbers are in `benchmarks/results/study.jsonl`, `accuracy.json`,
 `accuracy_keras.json` and `accuracy_jax.json`.
@@ -86,7 +86,7 @@ def page(figures: dict[str, Any], keras: dict[str, Any], jax: dict[str, Any], st
         seeds=settings["seeds"],
         images=TEST_IMAGES,
         image=100 / TEST_IMAGES,
-        methods=_methods_grid(methods).markdown(),
+        methods=accuracy.grid(methods).markdown(),
         keras=_adapter_grid(
             methods, {m: {f"Keras on {title}": compared[m, b] for b, title in BACKENDS.items()} for m in ROWS}
         ).markdown(),
@@ -95,16 +95,16 @@ def page(figures: dict[str, Any], keras: dict[str, Any], jax: dict[str, Any], st
         beyond=sum(errors > 2 for errors in apart.values()) or "none",
         dense=max(errors for (method, _), errors in apart.items() if method == "dense"),
         sparse=max(errors for (method, _), errors in apart.items() if method != "dense"),
-        versions=_versions(figures["versions"]),
-        keras_versions=_versions(keras["versions"]),
+        origin=_origin(figures),
+        keras_origin=_origin(keras),
         jax=_adapter_grid(methods, {m: {"JAX adapter": jax["methods"][m]} for m in ROWS}).markdown(),
-        jax_versions=_versions(jax["versions"]),
+        jax_origin=_origin(jax),
     )
 
 
 def write() -> None:
     """Write the page from the committed figures."""
-    paths = RESULTS, KERAS_RESULTS, JAX_RESULTS
+    paths = accuracy.RESULTS, KERAS_RESULTS, JAX_RESULTS
     figures, keras, jax = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     draw()
     PAGE.write_text(page(figures, keras, jax, section()), encoding="utf-8")
@@ -113,16 +113,6 @@ def write() -> None:
 def _compared(methods: dict[str, Any], backends: dict[str, Any], seeds: int) -> dict[tuple[str, str], dict[str, Any]]:
     """Figures of each method and backend beside those of the PyTorch adapter."""
     return {(m, b): compare(backends[b][m], methods[m], seeds) for m in ROWS for b in BACKENDS}
-
-
-def _methods_grid(methods: dict[str, Any]) -> Grid:
-    rows = []
-    for name, own in methods.items():
-        mean, deviation, lowest, zeros = (
-            100 * own[key] for key in ("mean", "standard_deviation", "lowest", "sparsity")
-        )
-        rows.append((f"`{name}`", f"{mean:.1f} ± {deviation:.1f}", f"{lowest:.1f}", f"{zeros:.2f}"))
-    return Grid("", ("method", "test accuracy (%)", "lowest", "zeros (%)"), tuple(rows))
 
 
 def _adapter_grid(methods: dict[str, Any], compared: dict[str, dict[str, dict[str, Any]]]) -> Grid:
@@ -141,8 +131,9 @@ def _spread(row: dict[str, Any]) -> tuple[str, str]:
     return f"{100 * row['mean']:.2f}", f"{100 * row['standard_deviation']:.2f}"
 
 
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def _origin(figures: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+    return f"{machine.measured(figures['origin'])}; {versions}" if "origin" in figures else versions  # of older ones
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ tables of ``docs/conformance.md``.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from rich.progress import track
 
 from benchmarks import machine
 from benchmarks.grid import Grid, number
+from benchmarks.marked import replaced
 from benchmarks.options import require_one
 from st3core.conformance import PROPERTIES, NumpyBackend, check
 from st3core.conformance.run import check_property, select
@@ -131,14 +131,11 @@ def page(text: str, figures: dict[str, Any]) -> str:
     )
     tables = {
         "properties": as_prose(property_grid()),
-        "backends": f"{machine.name(setting)}; {machine.versions(setting)}:\n\n{backend_grid(figures).markdown()}",
+        "backends": f"{machine.measured(setting)}; {machine.versions(setting)}:\n\n{backend_grid(figures).markdown()}",
         "broken": f"{scale}:\n\n{as_prose(broken_grid(figures))}",
     }
     for name, table in tables.items():
-        marked = re.compile(rf"(?<=<!-- {name}: from make conformance -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
-        text, found = marked.subn(lambda _, table=table: table, text)  # type: ignore[misc]
-        if found != 1:
-            raise ValueError(f"page: {PAGE.name} must have one place marked {name}, got {found}")
+        text = replaced(text, f"{name}: from make conformance", table)
     return text
 
 
@@ -162,7 +159,7 @@ def main() -> None:
     options = parse_arguments()
     figures = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if "backends" in options.only:
-        figures["setting"] = machine.describe()
+        figures["setting"] = machine.provenance("python -m benchmarks.conformance")
         figures["backends"] = [run(chosen) for chosen in track(RUNS, "Backends", console=Console(stderr=True))]
         save(figures)
     if "broken" in options.only:

@@ -23,6 +23,7 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks import machine
 from benchmarks.grid import Grid, number
+from benchmarks.marked import replaced
 from benchmarks.options import require_one
 from st3_torch import PolynomialSchedule, Sparsifier
 from st3core.search import Forecast
@@ -36,7 +37,7 @@ WIDTH = 1000
 RAMP = 10_000
 """Steps of the schedule; those in the middle are measured, as in the second half of a long training."""
 
-_TABLE = re.compile(rf"(?<=<!-- from {COMMAND} -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
+MARK = f"from {COMMAND}"
 
 
 def measure(rank: int, world: int, layers: int, steps: int, folder: str) -> None:
@@ -135,7 +136,7 @@ def run(worlds: list[int], layers: list[int], steps: int) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 spawn(measure, (world, count, steps, folder), nprocs=world)
                 rows.append(json.loads(Path(f"{folder}/figures.json").read_text(encoding="utf-8")))
-    return {"setting": {**machine.describe(), "steps": steps}, "rows": rows}
+    return {"setting": {**machine.provenance(COMMAND), "steps": steps}, "rows": rows}
 
 
 def grid(figures: dict[str, Any]) -> Grid:
@@ -154,12 +155,10 @@ def grid(figures: dict[str, Any]) -> Grid:
     return Grid("KiB a process and search", columns, tuple(rows))
 
 
-def with_table(page: str, figures: dict[str, Any]) -> str:
-    """The page with these figures in its table."""
-    text, found = _TABLE.subn(lambda _: grid(figures).markdown(), page)
-    if found != 1:
-        raise ValueError(f"with_table: the page must have one marked table, got {found}")
-    return text
+def table(figures: dict[str, Any]) -> str:
+    """The table, and where its figures come from."""
+    setting = figures["setting"]
+    return f"{grid(figures).markdown()}\n\n{machine.measured(setting)}; {machine.versions(setting)}."
 
 
 def main() -> None:
@@ -174,7 +173,7 @@ def main() -> None:
     grid(figures).print(Console())
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if PAGE.exists():
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), figures), encoding="utf-8")
+        PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), MARK, table(figures)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,16 @@ from rich.console import Console
 
 from benchmarks import machine
 from benchmarks.grid import Grid, number, with_spread
+from benchmarks.marked import replaced
 from benchmarks.options import require_one, require_share
 from benchmarks.step import operator, warm_search, whole_step
 from benchmarks.timing import alternating, quartiles
 
 BACKENDS = ("tensorflow", "jax", "torch")
 RESULTS = Path(__file__).parent / "results/keras_step.json"
+PAGE = Path(__file__).parent.parent / "docs/keras.md"
+COMMAND = "python -m benchmarks.keras_step"
+MARK = f"from {COMMAND}"
 NETWORKS = {"100 variables": ([32] * 49 + [10], 64), "5 million weights": ([2048, 1408, 10], 1024)}
 """Units of each linear layer, and features of an input."""
 
@@ -152,6 +156,12 @@ def grid(figures: dict[str, dict[str, Any]]) -> Grid:
     return Grid("A training step in Keras", columns, tuple(rows))
 
 
+def table(figures: dict[str, Any]) -> str:
+    """The table, and where its figures come from."""
+    setting = figures["setting"]
+    return f"{grid(figures['backends']).markdown()}\n\n{machine.measured(setting)}; {machine.versions(setting)}."
+
+
 def parse_arguments() -> argparse.Namespace:
     """Options from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -173,12 +183,15 @@ def main() -> None:
         print(json.dumps({network: measure(network, options.sparsity, options.rounds) for network in NETWORKS}))
         return
     figures = {backend: in_process(backend, options.sparsity, options.rounds) for backend in options.backends}
-    setting = {**machine.describe(), "sparsity": options.sparsity}
+    setting = {**machine.provenance(COMMAND), "sparsity": options.sparsity}
     console = Console(width=140)
     console.print(f"{machine.name(setting)}; {machine.versions(setting)}")
     grid(figures).print(console)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"setting": setting, "backends": figures}, indent=1) + "\n", encoding="utf-8")
+    written = {"setting": setting, "backends": figures}
+    options.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    if options.out.resolve() == RESULTS.resolve():
+        PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), MARK, table(written)), encoding="utf-8")
 
 
 if __name__ == "__main__":

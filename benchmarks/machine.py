@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def provenance(command: str) -> dict[str, Any]:
+    """Where figures come from: what :func:`describe` says, the commit and the command."""
+    return {**describe(), "commit": _commit(), "command": command}
+
+
 def name(machine: dict[str, Any]) -> str:
     """A line that names the machine."""
     return f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
@@ -40,6 +46,21 @@ def versions(machine: dict[str, Any]) -> str:
             f"PyTorch {machine['torch']}",
         ]
     )
+
+
+def measured(origin: dict[str, Any]) -> str:
+    """A line that says where figures come from; older ones do not know their commit."""
+    where = name(origin)
+    return f"`{origin['command']}` at commit {origin['commit']}, on {where}" if "commit" in origin else where
+
+
+def _commit() -> str:
+    """What is measured; with a plus sign where files have been changed since."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def _processor() -> str:

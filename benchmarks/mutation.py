@@ -179,7 +179,7 @@ def _describe(options: argparse.Namespace) -> dict[str, Any]:
     asked = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "st3core"]
     commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     return {
-        **machine.describe(),
+        **machine.provenance("python -m benchmarks.mutation"),
         "tool": version("cosmic-ray"),
         "commit": commit,
         "least": options.least,

@@ -1,13 +1,13 @@
 """The page, its picture and the README's table, all made from the JSON: ``python -m benchmarks.page``."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import bounds, dtypes, layers, machine, plot, sizes, start, training
 from benchmarks.grid import Grid
+from benchmarks.marked import replaced
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/speed.json"
@@ -73,6 +73,7 @@ other load on the machine cancels. The number is the median over the rounds, wit
 
 - {machine}
 - {versions}
+- `{command}`, at commit {commits}
 
 ![Time against number of weights, and the alternatives as multiples](images/speed.png)
 
@@ -116,7 +117,7 @@ print(f"{{1e3 * (time.perf_counter() - start):.2f}} ms")
 ```
 """
 
-_TABLE = re.compile(r"(?<=<!-- from make bench -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
+MARK = "from make bench"
 
 
 def page(figures: dict[str, Any]) -> str:
@@ -125,6 +126,8 @@ def page(figures: dict[str, Any]) -> str:
     return _PAGE.format(
         machine=machine.name(setting),
         versions=machine.versions(setting),
+        command=setting["command"],
+        commits=", ".join(dict.fromkeys(figures["commits"].values())),
         zeros=f"{100 * setting['sparsity']:g} %",
         bounds=bounds.grid(parts).markdown(),
         sections="\n\n".join(_section(name, parts[name]) for name in GRIDS if name in parts),
@@ -138,18 +141,11 @@ def readme_table(figures: dict[str, Any]) -> str:
     return bounds.ratio_grid(figures["parts"], title).markdown()
 
 
-def with_table(readme: str, table: str) -> str:
-    """The README with another table between its marks."""
-    text, found = _TABLE.subn(lambda _: table, readme)
-    if found != 1:
-        raise ValueError(f"with_table: the README must have one marked table, got {found}")
-    return text
-
-
 def write(figures: dict[str, Any]) -> None:
     """Write the page, the README's table and, where its parts have been measured, the picture."""
     PAGE.write_text(page(figures), encoding="utf-8")
-    README.write_text(with_table(README.read_text(encoding="utf-8"), readme_table(figures)), encoding="utf-8")
+    readme = replaced(README.read_text(encoding="utf-8"), MARK, readme_table(figures))
+    README.write_text(readme, encoding="utf-8")
     if {"sizes", "layers"} <= set(figures["parts"]):
         plot.draw(figures, PICTURE)
 

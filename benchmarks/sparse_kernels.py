@@ -7,7 +7,6 @@ the cores, they wait for the scheduler, and the ratios say how often it looks (e
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.nn import functional
 
 from benchmarks import machine
 from benchmarks.grid import Grid, with_spread
+from benchmarks.marked import replaced
 from benchmarks.timing import Call, interleaved, ratios
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ BATCHES = (1, 16, 256)
 WIDTH = 2048
 
 _ROUNDS, _SECONDS = 15, 0.01
-_TABLE = re.compile(r"(?<=<!-- made by benchmarks.sparse_kernels -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+MARK = "from python -m benchmarks.sparse_kernels"
 
 
 def products(sparsity: float, batch: int, width: int = WIDTH) -> dict[str, Call]:
@@ -46,7 +46,12 @@ def measure() -> dict[str, Any]:
     with torch.inference_mode():
         found = {str(batch): {str(s): _ratio(products(s, batch)) for s in SPARSITIES} for batch in BATCHES}
     _check(found)
-    return {"machine": {**machine.describe(), "threads": 1}, "width": WIDTH, "rounds": _ROUNDS, "ratios": found}
+    return {
+        "machine": {**machine.provenance("python -m benchmarks.sparse_kernels"), "threads": 1},
+        "width": WIDTH,
+        "rounds": _ROUNDS,
+        "ratios": found,
+    }
 
 
 def _ratio(calls: dict[str, Call]) -> dict[str, float]:
@@ -72,23 +77,16 @@ def table(figures: dict[str, Any]) -> str:
     )
     own = figures["machine"]
     software, rounds = machine.versions(own), figures["rounds"]
-    where = f"{own['processor']}, one thread; {software}; medians of {rounds} rounds, and quartiles"
-    return f"\n{Grid('', columns, tuple(rows)).markdown()}\n\n{where}.\n"
-
-
-def with_table(page: str, figures: dict[str, Any]) -> str:
-    """The page with the table of these figures between its marks."""
-    text, found = _TABLE.subn(lambda _: table(figures), page)
-    if found != 1:
-        raise ValueError(f"with_table: the page must have one marked table, got {found}")
-    return text
+    origin = f"`{own['command']}` at commit {own['commit']}, on {own['processor']}, one thread"
+    where = f"{origin}; {software}; medians of {rounds} rounds, and quartiles"
+    return f"{Grid('', columns, tuple(rows)).markdown()}\n\n{where}."
 
 
 def main() -> None:
     """Measure and write."""
     figures = measure()
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), figures), encoding="utf-8")
+    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), MARK, table(figures)), encoding="utf-8")
     print(table(figures))
 
 

@@ -49,33 +49,37 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def known_parts(path: Path, setting: dict[str, Any], only: list[str]) -> dict[str, Any]:
-    """Parts of an earlier run that stay; they must come from the same machine, versions and sparsity."""
+def known_parts(path: Path, setting: dict[str, Any], only: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parts of an earlier run that stay, and their commits; of the same machine, versions and sparsity."""
     if set(only) == set(PARTS) or not path.exists():
-        return {}
+        return {}, {}
     figures = json.loads(path.read_text(encoding="utf-8"))
     if figures.get("setting") != setting:
         raise SystemExit(
             f"{path} has figures of another machine, other versions or another sparsity; measure all parts"
         )
-    return {part: figures["parts"][part] for part in PARTS if part in figures["parts"] and part not in only}
+    parts, commits = (
+        {part: own for part, own in figures[key].items() if part not in only} for key in ("parts", "commits")
+    )
+    return parts, commits
 
 
 def main() -> None:
     """Measure, print and save."""
     options = parse_arguments()
     torch.set_num_threads(thread_count())
-    setting = {**machine.describe(), "sparsity": options.sparsity}
-    parts = known_parts(options.out, setting, options.only)
+    setting = {**machine.provenance("python -m benchmarks.speed"), "sparsity": options.sparsity}
+    commit = setting.pop("commit")
+    parts, commits = known_parts(options.out, setting, options.only)
     console = Console(width=140)
     console.print(f"{machine.name(setting)}; {machine.versions(setting)}; sparsity {options.sparsity}")
     for part, measure in measurements(options).items():
         if part in options.only:
-            parts[part] = measure()
+            parts[part], commits[part] = measure(), commit
             for grid in page.GRIDS[part](parts[part]):
                 grid.print(console)
     bounds.grid(parts).print(console)
-    figures = {"setting": setting, "parts": {part: parts[part] for part in PARTS if part in parts}}
+    figures = {"setting": setting, "commits": commits, "parts": {part: parts[part] for part in PARTS if part in parts}}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if options.out.resolve() == page.RESULTS.resolve():

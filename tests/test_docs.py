@@ -5,7 +5,6 @@ A block marked ``output`` directly below a Python block is what that block print
 
 import contextlib
 import io
-import json
 import os
 import re
 from pathlib import Path
@@ -84,15 +83,6 @@ def test_files_named_in_the_readme_exist():
 def test_make_targets_named_in_the_readme_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert missing_from(set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE)), targets) == []
-
-
-def test_accuracies_in_the_readme_are_those_measured():
-    methods = json.loads((ROOT / "benchmarks/results/accuracy.json").read_text(encoding="utf-8"))["methods"]
-    for name, figures in methods.items():
-        mean, deviation, lowest, zeros = (
-            100 * figures[key] for key in ("mean", "standard_deviation", "lowest", "sparsity")
-        )
-        assert f"| `{name}` | {mean:.1f} ± {deviation:.1f} | {lowest:.1f} | {zeros:.2f} |" in README
 
 
 def test_anchors_in_the_specification_exist():

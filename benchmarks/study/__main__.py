@@ -7,7 +7,6 @@ stopped goes on where it was. ``python -m benchmarks.accuracy_page`` writes the 
 import argparse
 import json
 import os
-import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -33,7 +32,7 @@ def train_all(runs: Iterable[Run], workers: int, path: Path) -> None:
     results.cut_half_line(path)
     known = {run for run, _ in results.read(path)}
     missing = [run for run in runs if run not in known]
-    setting = {**machine.describe(), **versions(), "commit": _commit(), "command": "python -m benchmarks.study"}
+    setting = {**machine.provenance("python -m benchmarks.study"), **versions()}
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -48,15 +47,6 @@ def train_all(runs: Iterable[Run], workers: int, path: Path) -> None:
             file.write(json.dumps(line) + "\n")
             file.flush()
             progress.update(bar, advance=1)
-
-
-def _commit() -> str:
-    """What is measured; with a plus sign where files have been changed since."""
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.study import plot
-from benchmarks.study.plan import METHODS, SPARSITIES, every_run
+from benchmarks.study.plan import ABLATED_AT, METHODS, SPARSITIES, every_run
 from benchmarks.study.results import (
     CONFIDENCE,
+    PARTS,
     PATH,
     Found,
     ablation_grid,
@@ -31,7 +32,7 @@ the {confidence:g} % confidence interval of the mean, from Student's distributio
 the differences from ST-3, seed by seed, whose interval leaves zero out; each is looked at by itself, so that of many,
 one in twenty says so by chance. Which data, networks and recipes: `benchmarks/study/tasks.py`.
 
-Trained with `{command}` at commit {commits}, on {machines}; {versions}.
+Trained with {origins}; {versions}.
 
 {sections}"""
 
@@ -56,6 +57,13 @@ _ABLATION = """
 Parts of ST-3: what replacing one does to the {score}, seed by seed against ST-3 itself:
 
 {ablation}
+
+What makes the score worse in the place of a part speaks for the paper's choice of that part; what makes it better
+speaks against it:
+
+{verdicts}
+
+A network with an empty layer knows no more than a guess. {empty}
 """
 
 
@@ -80,9 +88,7 @@ def section() -> str:
         seeds=" to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))),
         tasks="one task" if len(tasks) == 1 else f"{len(tasks)} tasks",
         confidence=100 * CONFIDENCE,
-        command=settings[0]["command"],
-        commits=", ".join(dict.fromkeys(own["commit"] for own in settings)),
-        machines="; ".join(dict.fromkeys(machine.name(own) for own in settings)),
+        origins="; ".join(dict.fromkeys(map(machine.measured, settings))),
         versions=machine.versions(settings[0]),
         sections="\n".join(_task(found, task) for task in tasks),
     )
@@ -108,7 +114,34 @@ def _task(found: Found, task: str) -> str:
         findings="\n".join(_findings(found, task)),
         groups=groups_grid(scores, zeros, task).markdown(),
     )
-    return text + (_ABLATION.format(score=kind.score, ablation=ablation.markdown()) if ablation.rows else "")
+    if not ablation.rows:
+        return text
+    verdicts = "\n".join(_on_the_paper(found, task))
+    names = {"score": kind.score, "ablation": ablation.markdown(), "empty": _empty(found, task)}
+    return text + _ABLATION.format(verdicts=verdicts, **names)
+
+
+def _empty(found: Found, task: str) -> str:
+    """How many networks have lost a whole layer, of those kinds of which some have."""
+    kinds: dict[str, list[bool]] = {}
+    for run, own in found:
+        if run.task == task and "layers" in own:
+            name = f"{PARTS.get(run.method, run.method)} at {100 * run.sparsity:g} %"
+            kinds.setdefault(name, []).append(1.0 in own["layers"].values())
+    places = [f"{name}, {sum(lost)} of {len(lost)}" for name, lost in kinds.items() if any(lost)]
+    return f"There are such networks: {'; '.join(places)}." if places else "There is none here."
+
+
+def _on_the_paper(found: Found, task: str) -> list[str]:
+    """Which of the paper's choices this task speaks for, and which against."""
+    says = {"worse": "for the paper's choice", "better": "against it", "undecided": "undecided"}
+    lines: dict[str, list[str]] = {sentence: [] for sentence in says.values()}
+    for method, name in PARTS.items():
+        for sparsity in ABLATED_AT:
+            change = differences(found, task, method, "st3", sparsity)
+            if change is not None:
+                lines[says[verdict(change, TASKS[task].higher_is_better)]].append(f"{name} at {100 * sparsity:g} %")
+    return [f"- {sentence}: {'; '.join(places) or 'none'}." for sentence, places in lines.items()]
 
 
 def _findings(found: Found, task: str) -> list[str]:

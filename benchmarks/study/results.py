@@ -122,7 +122,7 @@ def groups_grid(
 PARTS = {
     "no rescale": "no rescale",
     "least-squares scale": "least-squares scale",
-    "hard threshold": "hard threshold",
+    "hard threshold": "hard threshold, rescale kept",
     "hard_ste": "hard threshold, no rescale (`hard_ste`)",
     "masked gradient": "masked gradient",
     "gmp": "hard threshold, no rescale, masked gradient (`gmp`)",
