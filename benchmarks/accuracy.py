@@ -81,10 +81,10 @@ def main() -> None:
     networks = trained(results.read(results.PATH))
     summaries = {method: summarize([result for result, _ in networks], method) for method in METHODS}
     grid(summaries).print(Console())
-    setting = networks[0][1]
+    setting, commits = networks[0][1], ", ".join(dict.fromkeys(own["commit"] for _, own in networks))
     figures = {
         "settings": {"sparsity": SPARSITY, "epochs": Settings.epochs, "seeds": SEEDS},
-        "origin": {name: setting[name] for name in _MACHINE},
+        "origin": {name: setting[name] for name in _MACHINE} | {"commit": commits},
         "versions": {name: version for name, version in setting.items() if name not in _MACHINE},
         "methods": summaries,
     }

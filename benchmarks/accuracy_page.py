@@ -97,7 +97,9 @@ def page(figures: dict[str, Any], keras: dict[str, Any], jax: dict[str, Any], st
         sparse=max(errors for (method, _), errors in apart.items() if method != "dense"),
         origin=_origin(figures),
         keras_origin=_origin(keras),
-        jax=_adapter_grid(methods, {m: {"JAX adapter": jax["methods"][m]} for m in ROWS}).markdown(),
+        jax=_adapter_grid(
+            methods, {m: {"JAX adapter": compare(jax["methods"][m], methods[m], settings["seeds"])} for m in ROWS}
+        ).markdown(),
         jax_origin=_origin(jax),
     )
 

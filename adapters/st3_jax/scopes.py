@@ -99,7 +99,7 @@ def _searched(weights: Weights, names: Sequence[str], sparsity: jax.Array, state
     last, trend, error = state.neighbours[0], *state.forecast
     found = find_neighbours(weights, rank, (last + trend).astype(np.int64), 2 * error.astype(np.int64))
     threshold = global_threshold(found, fraction, weights.common)
-    limits = {kind: tensor_limit(threshold, found, kind, weights.common) for kind in set(weights.kinds)}
+    limits = {kind: tensor_limit(threshold, found, kind, weights.common) for kind in dict.fromkeys(weights.kinds)}
     thresholds = {name: limits[kind] for name, kind in zip(names, weights.kinds, strict=True)}
     key = integer_of(weights.common)
     first, second = (neighbour.astype(key) for neighbour in found)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from st3_jax.counting import count_below, counts_of_nibbles
-from st3_jax.keys import infinity, own_keys
+from st3_jax.keys import own_keys
 from st3_jax.rows import SMALL, counts_added, few_rows, split
 
 LONGEST = 2047
@@ -24,8 +24,6 @@ _ROWS = 8
 
 _NONE, _OFFSET, _COUNT = np.uint32(0xFFF), np.uint32(12), np.uint32(24)
 """Twelve bits that say that there is no key, and how far what lies above them is shifted."""
-
-_INFINITY = np.uint32(infinity(np.dtype(np.float32)))
 
 
 class Near(NamedTuple):
@@ -56,9 +54,10 @@ def shortened(weights: Sequence[jax.Array], bounds: Sequence[jax.Array]) -> list
 
     Args:
         weights: float32.
-        bounds: int64, own keys of each: the first of the interval, and the one behind it.
+        bounds: int64, own keys of each: the first of the interval, the one behind it, and the first whose magnitude is
+            not finite.
     """
-    limits = [(low, high - low) for low, high in (own.astype(np.uint32) for own in bounds)]
+    limits = [(low, high - low, end) for low, high, end in (own.astype(np.uint32) for own in bounds)]
     cases = list(zip(weights, limits, strict=True))
     # XLA computes again whatever is used twice, but nothing across a condition. It can't know that these are true.
     exist = bounds[0] >= 0
@@ -66,7 +65,7 @@ def shortened(weights: Sequence[jax.Array], bounds: Sequence[jax.Array]) -> list
         exist[0], lambda: [_of_weights(w, *own) for w, own in cases], lambda: [_first(_bits(w)) for w, _ in cases]
     )
     large = lax.cond(exist[1], lambda: list(map(_of_groups, small)), lambda: list(map(_first, small)))
-    return [Near(own, *limit, _below(part)) for own, limit, part in zip(large, limits, small, strict=True)]
+    return [Near(own, *limit[:2], _below(part)) for own, limit, part in zip(large, limits, small, strict=True)]
 
 
 def _first(values: jax.Array) -> jax.Array:
@@ -79,7 +78,7 @@ def _bits(weight: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(weight, np.uint32)
 
 
-def _of_weights(weight: jax.Array, low: jax.Array, width: jax.Array) -> jax.Array:
+def _of_weights(weight: jax.Array, low: jax.Array, width: jax.Array, end: jax.Array) -> jax.Array:
     """Groups of weights. Here the number of keys has 4 bits, and that of keys below the interval the 4 above."""
     place = _place(weight)
     assert place is not None
@@ -88,9 +87,7 @@ def _of_weights(weight: jax.Array, low: jax.Array, width: jax.Array) -> jax.Arra
     numbers = (offsets < width).astype(np.uint32) + ((keys < low).astype(np.uint32) << np.uint32(4))
     smallest = jnp.minimum(offsets.min(axis), _NONE - 1) + np.uint32(1)
     largest = jnp.minimum((width - 1 - offsets).min(axis), _NONE)
-    return _packed(
-        numbers.sum(axis, dtype=np.uint32), jnp.where(keys.max(axis) < _INFINITY, smallest, np.uint32(0)), largest
-    )
+    return _packed(numbers.sum(axis, dtype=np.uint32), jnp.where(keys.max(axis) < end, smallest, np.uint32(0)), largest)
 
 
 def _of_groups(small: jax.Array) -> jax.Array:
@@ -129,9 +126,17 @@ def count_shortened(weight: Near | jax.Array, bounds: jax.Array) -> jax.Array:
     return weight.below + counts_of_nibbles(jnp.asarray(nibbles), 7)
 
 
-def count_crowded(weight: Near | jax.Array) -> jax.Array:
-    """Groups for which :func:`count_shortened` may err, and weights or groups that are not finite; int64, 0-d."""
+def count_crowded(weight: Near | jax.Array, end: jax.Array) -> jax.Array:
+    """Groups for which :func:`count_shortened` may err, and weights or groups whose magnitude is not finite.
+
+    Args:
+        weight: of a shortlist.
+        end: int64, 0-d: own key from which on magnitudes are not finite.
+
+    Returns:
+        int64, 0-d.
+    """
     if not isinstance(weight, Near):
-        return (~jnp.isfinite(weight)).sum(dtype=np.int64)
+        return (own_keys(weight) >= end).sum(dtype=np.int64)
     number, smallest, _ = _unpacked(weight.groups)
     return ((number > 2) | (smallest == 0) | (weight.width >= _NONE)).sum(dtype=np.int64)

@@ -65,7 +65,7 @@ class Weights:
             low: int64, 0-d.
             high: the same; no more than :data:`~st3_jax.shortlist.LONGEST` above.
         """
-        shorter, own = copy(self), self._own_bounds(jnp.stack([low, high]))
+        shorter, own = copy(self), self._own_bounds(jnp.stack([low, high, jnp.int64(self.infinity)]))
         grouped = [part for part in self._parts if is_grouped(part.array)]
         near = iter(shortened([part.array for part in grouped], [own[part.kind] for part in grouped]))
         shorter._parts = [p._replace(array=next(near)) if is_grouped(p.array) else p for p in self._parts]
@@ -73,15 +73,16 @@ class Weights:
 
     def count_crowded(self) -> jax.Array:
         """How many groups of a shortlist have more weights in its interval than they can tell apart."""
-        return self._added(lambda part: count_crowded(part.array), ())
+        end = self._own_bounds(jnp.full(1, self.infinity, np.int64))
+        return self._added(lambda part: count_crowded(part.array, end[part.kind][0]), ())
 
     def _own_bounds(self, bounds: jax.Array) -> dict[Kind, jax.Array]:
-        return {kind: own_bounds(bounds, kind, self.common) for kind in set(self.kinds)}
+        return {kind: own_bounds(bounds, kind, self.common) for kind in dict.fromkeys(self.kinds)}
 
     def _added(self, count: "Callable[[_Part], jax.Array]", shape: tuple[int, ...]) -> jax.Array:
         """Counts of all parts on all devices."""
         total = jnp.zeros(shape, np.int64)
-        for names in {part.mesh_axes for part in self._parts}:
+        for names in dict.fromkeys(part.mesh_axes for part in self._parts):  # every process in the same order
             own = sum(count(part) for part in self._parts if part.mesh_axes == names)
             total += lax.psum(own, names) if names else own
         return total

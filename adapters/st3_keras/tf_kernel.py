@@ -116,7 +116,7 @@ def fail(context: int, error: BaseException) -> None:
     """Make this the error of the operation that is computed; in ordinary Python code."""
     library, status = _library(), _word(_library().TF_NewStatus())
     code = _INVALID_ARGUMENT if isinstance(error, ValueError) else _UNKNOWN
-    library.TF_SetStatus(status, code, f"{type(error).__name__}: {error}".encode())
+    library.TF_SetStatus(status, code, f"{type(error).__name__}: {error}".encode(errors="replace"))
     library.TF_OpKernelContext_Failure(_word(context), status)
     library.TF_DeleteStatus(status)
 

@@ -5,6 +5,7 @@ the GIL and without any Python object, and calls back into Python where that can
 """
 
 import ctypes
+import secrets
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -20,7 +21,9 @@ from st3_keras.linked import array, words
 from st3_keras.small_step import sources
 from st3_keras.tf_kernel import argument, give_back, result_count, result_like, size
 
-_OPERATION = "St3KerasStep"
+_OPERATION = f"St3KerasStep{secrets.token_hex(8)}"
+"""Of this process: a graph that has it has addresses, and must not run in another."""
+
 _INPUTS, _OUTPUTS, _ATTRIBUTES = ("numbers: int64", "step: int32", "old: T"), ("new: T",), ("T: list(type)",)
 _AHEAD = 2
 """Arguments ahead of those that have a result each."""

@@ -98,16 +98,15 @@ def find_on_device(
     units = tensor_units([weight.shape for weight in weights], [NUMPY_DTYPES[w.dtype] for w in weights], method)
     if method.scope == "global" or not sparsity or not any(weight.numel() for weight in weights):
         return find(weights, units, sparsity)
-    finite = sharded.are_finite(weights)
     if method.scope == "n:m":
-        return Searched(largest_limits(weights, layouts, method), finite)
+        return Searched(largest_limits(weights, layouts, method), sharded.are_finite(weights))
     parts = [
         find([weight], [unit], sparsity)
         if weight.numel()
-        else Searched(torch.zeros(1, dtype=torch.float64, device=weight.device), finite)
+        else Searched(*(torch.tensor(part, device=weight.device) for part in (np.zeros(1), True)))
         for weight, unit in zip(weights, units, strict=True)
     ]
-    are_finite = torch.stack([torch.as_tensor(part.finite, device=finite.device) for part in parts]).all()
+    are_finite = torch.stack([part.finite for part in parts]).all()
     return Searched(torch.cat([part.thresholds for part in parts]), are_finite)
 
 
@@ -120,7 +119,8 @@ def read(thresholds: Thresholds, weights: Mapping[str, torch.Tensor]) -> NDArray
     """Thresholds on the host.
 
     Raises:
-        ValueError: a weight was NaN or infinite when they were found; the message names one that still is.
+        ValueError: a weight was NaN or infinite when they were found; the message names one that still is, of what
+            this process holds.
     """
     if not isinstance(thresholds, Searched):
         return thresholds
@@ -128,7 +128,11 @@ def read(thresholds: Thresholds, weights: Mapping[str, torch.Tensor]) -> NDArray
         parts = ((name, local(weight)) for name, weight in weights.items())
         bad = (non_finite(part, name) for name, part in parts if not part.isfinite().all())
         raise ValueError(
-            next(bad, "find_thresholds: a weight was NaN or infinite after the last step; find out where it diverged")
+            next(
+                bad,
+                "find_thresholds: a weight was NaN or infinite after the last step, and none of this process is now; "
+                "find out where it diverged, or which other process names one",
+            )
         )
     host: NDArray[np.float64] = thresholds.thresholds.cpu().numpy()
     return host

@@ -105,14 +105,18 @@ def test_ties_are_found_by_counting_all(distinct, apart, off, data):
     assert found(SEARCHES["st3"], arrays, rank, keys[rank] + off) == keys[rank : rank + 2].tolist()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [("st3", np.nan), ("st3", np.inf), ("st3", -np.inf), ("st3_sigma", np.nan), ("st3_sigma", 3.3e38)],
+)
 @pytest.mark.parametrize("tensor", range(len(SHAPES)))
 @pytest.mark.parametrize("off", [0, 5000])
-def test_what_is_not_finite_is_noticed(value, tensor, off):
+def test_what_is_not_finite_is_noticed(method, value, tensor, off):
+    """Also of finite weights whose magnitude, divided by sigma, is not."""
     arrays = made()
-    keys, rank = sorted_keys(arrays), 30_000
+    keys, rank = sorted_keys(arrays, method), 30_000
     arrays[tensor].flat[-1] = value
-    assert found(SEARCHES["st3"], arrays, rank, keys[rank] + off) == [INFINITY, INFINITY]
+    assert found(SEARCHES[method], arrays, rank, keys[rank] + off) == [INFINITY, INFINITY]
 
 
 def counting_passes(monkeypatch):
@@ -165,7 +169,7 @@ def test_counts_of_a_shortlist(seed, shape):
     low = 10_000 + int(generator.integers(0, 9000))
     bounds = np.sort(generator.integers(low, low + LONGEST + 1, PIVOTS))
     bounds[0], bounds[-1] = low, low + LONGEST
-    near, crowded = _shortened(keys.view(np.float32), np.array([low, low + LONGEST]))
+    near, crowded = _shortened(keys.view(np.float32), np.array([low, low + LONGEST, INFINITY]))
     if not crowded:
         assert np.asarray(_counted(near, bounds)).tolist() == [(keys < bound).sum() for bound in bounds]
 
@@ -173,7 +177,7 @@ def test_counts_of_a_shortlist(seed, shape):
 @jax.jit
 def _shortened(weight, bounds):
     (near,) = shortened([weight], [bounds])
-    return near, count_crowded(near)
+    return near, count_crowded(near, bounds[2])
 
 
 _counted = jax.jit(count_shortened)
@@ -183,7 +187,7 @@ _counted = jax.jit(count_shortened)
 def test_a_group_tells_two_keys_apart(members):
     keys = np.full((8, 64), 50_000, np.int32)
     keys[:members, 0] = 10_000 + np.arange(members)
-    near, crowded = _shortened(keys.view(np.float32), np.array([10_000, 10_000 + LONGEST]))
+    near, crowded = _shortened(keys.view(np.float32), np.array([10_000, 10_000 + LONGEST, INFINITY]))
     assert int(crowded) == (members > 2)
     if members <= 2:
         bounds = 10_000 + np.array([0, 1, 2, 3, 4, 5, LONGEST])
