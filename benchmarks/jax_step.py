@@ -85,8 +85,8 @@ def measure(sparsity: float, rounds: int) -> dict[str, Any]:
     require_same_thresholds(weights, sparsity)
     search = step.warm_search(weights, sparsity)
     operator = step.operator(weights, [np.empty_like(w) for w in weights], channel_axis=-1)
-    own = {"search": search, "apply": partial(operator, search()), "step": step.whole_step(search, operator)}
-    calls = {f"core {part}": own[part] for part in PARTS}
+    apply, whole = partial(operator, search()), step.whole_step(search, operator)
+    calls: dict[str, Callable[[], object]] = {"core search": search, "core apply": apply, "core step": whole}
     calls |= {f"jax {part}": call for part, call in jax_step(weights, sparsity).items()}
     seconds = alternating(calls, rounds)
     return {

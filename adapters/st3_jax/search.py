@@ -135,7 +135,8 @@ def _by_few(weights: Weights, target: _Target, known: _Progress) -> _Progress:
     # Where the forecast was bad, the next pass looks farther away.
     is_bad = (known.reach >= 0) & _goes_on(found)
     found = found._replace(reach=jnp.where(is_bad, 2 * LONGEST, found.reach))
-    return jax.tree.map(partial(jnp.where, is_crowded), known._replace(may_list=~is_crowded), found)
+    result: _Progress = jax.tree.map(partial(jnp.where, is_crowded), known._replace(may_list=~is_crowded), found)
+    return result
 
 
 def _listed(target: _Target, known: _Progress) -> tuple[jax.Array, jax.Array]:
