@@ -132,11 +132,8 @@ def _by_few(weights: Weights, target: _Target, known: _Progress) -> _Progress:
         return _is_open(interval) & (is_within | (known.reach >= 0)) & ~is_crowded
 
     found = lax.while_loop(goes_on, narrow, known)
-    # Where the forecast was bad, the next pass looks farther away.
-    is_bad = (known.reach >= 0) & _goes_on(found)
-    found = found._replace(reach=jnp.where(is_bad, 2 * LONGEST, found.reach))
-    result: _Progress = jax.tree.map(partial(jnp.where, is_crowded), known._replace(may_list=~is_crowded), found)
-    return result
+    narrowed: _Progress = jax.tree.map(partial(jnp.where, is_crowded), known._replace(may_list=~is_crowded), found)
+    return narrowed
 
 
 def _listed(target: _Target, known: _Progress) -> tuple[jax.Array, jax.Array]:

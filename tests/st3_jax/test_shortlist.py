@@ -151,6 +151,14 @@ def test_without_a_good_forecast_a_shortlist_comes_last(monkeypatch):
     assert passes[-1] == "_by_few"
 
 
+def test_after_a_bad_forecast_all_are_counted(monkeypatch):
+    arrays, (search_now, passes) = made(shapes=[(512, 512)]), counting_passes(monkeypatch)
+    keys, rank = sorted_keys(arrays), 200_000
+    found(search_now, arrays, rank, keys[rank] - 5000)
+    jax.effects_barrier()
+    assert passes == ["_by_few", "_by_all", "_by_all", "_by_few"]
+
+
 def test_members_of_a_batch_have_their_own():
     members = [made(seed) for seed in (0, 1, 2)]
     keys, ranks = [sorted_keys(arrays) for arrays in members], [100, 20_000, 39_000]
