@@ -63,7 +63,7 @@ speaks against it:
 
 {verdicts}
 
-A network with an empty layer knows no more than a guess. {empty}
+Without shortcuts around it, a network with an empty layer can only guess. {empty}
 """
 
 
@@ -129,7 +129,7 @@ def _empty(found: Found, task: str) -> str:
             name = f"{PARTS.get(run.method, run.method)} at {100 * run.sparsity:g} %"
             kinds.setdefault(name, []).append(1.0 in own["layers"].values())
     places = [f"{name}, {sum(lost)} of {len(lost)}" for name, lost in kinds.items() if any(lost)]
-    return f"There are such networks: {'; '.join(places)}." if places else "There is none here."
+    return f"Networks with an empty layer: {'; '.join(places)}." if places else "No network has one here."
 
 
 def _on_the_paper(found: Found, task: str) -> list[str]:

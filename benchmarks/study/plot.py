@@ -40,6 +40,7 @@ def draw_task(found: Found, task: str, path: Path) -> None:
     left.set(ylabel=TASKS[task].score)
     if not TASKS[task].higher_is_better:
         left.set(yscale="log")
+        left.yaxis.set_minor_formatter("{x:g}")
     left.legend(fontsize=8)
     figure.suptitle(TASKS[task].title)
     _save(figure, path)
