@@ -41,6 +41,9 @@ HITS = 64
 LANES = 64
 """Partial sums of a channel of float64."""
 
+WIDE = 256
+"""Partial sums of channels that alternate, up to which no memory is allocated for them."""
+
 SHORT = 256
 """Elements of a channel up to which several are written together."""
 
@@ -630,13 +633,10 @@ def _accumulate(values, threshold, lanes, period):  # type: ignore[no-untyped-de
 
 
 @_inline
-def _clear(lanes, width):  # type: ignore[no-untyped-def]
-    everything, kept, everything_errors, kept_errors = lanes
-    for i in range(width):
-        everything[i] = 0.0
-        kept[i] = 0.0
-        everything_errors[i] = 0.0
-        kept_errors[i] = 0.0
+def _clear(lanes, width, exact):  # type: ignore[no-untyped-def]
+    lanes[0][:width], lanes[1][:width] = 0.0, 0.0
+    if exact:
+        lanes[2][:width], lanes[3][:width] = 0.0, 0.0
 
 
 @_inline
@@ -676,7 +676,7 @@ def _scale(lanes, start, width, size, exact):  # type: ignore[no-untyped-def]
 def _row_scale(row, memory_format, threshold, buffers, lanes):  # type: ignore[no-untyped-def]
     """Scale of one channel that lies in one piece."""
     if memory_format == FLOAT64:
-        _clear(lanes, LANES)
+        _clear(lanes, LANES, True)
         _accumulate(row.view(buffers[0].dtype), threshold, lanes, LANES)
         return _scale(lanes, 0, LANES, row.size, True)
     everything, kept = 0.0, 0.0
@@ -794,36 +794,63 @@ def _apply_short_rows(source, target, memory_format, threshold, hard, stream, si
         _write(rows, target[first : first + step], memory_format, threshold, hard, stream, scales[: rows.size], buffers)
 
 
+@_part
+def _column_scales(source, memory_format, threshold, layout, buffers, lanes, scales):  # type: ignore[no-untyped-def]
+    """Scales of channels that alternate, for each element of as many repeats as ``scales`` is long."""
+    repeats, stride, start, stop, size = layout
+    width, period, exact = (stop - start) * size, scales.size, source.itemsize == 8
+    _clear(lanes, period, exact)
+    step = BLOCK // period * period
+    if width == stride and step > 0:
+        for first in range(0, source.size, step):
+            values = _load_values(source[first : first + step], memory_format, buffers[0])
+            _accumulate(values, threshold, lanes, period)
+    else:
+        for first in range(start * size, source.size, stride):
+            row = source[first : first + width]
+            for offset in range(0, width, LOOK):
+                values = _load_values(row[offset : offset + LOOK], memory_format, buffers[0])
+                at = (lanes[0][offset:], lanes[1][offset:], lanes[2][offset:], lanes[3][offset:])
+                _accumulate(values, threshold, at, LOOK)
+    rows = period // width
+    while rows > 1:
+        half = rows // 2
+        _add_lanes(lanes[0], lanes[2], 0, (rows - half) * width, half * width, exact)
+        _add_lanes(lanes[1], lanes[3], 0, (rows - half) * width, half * width, exact)
+        rows -= half
+    if size == 1 and not exact:
+        everything, kept, own = lanes[0][:width], lanes[1][:width], scales[:width]
+        for c in range(width):
+            own[c] = _alpha(everything[c], kept[c], repeats)
+    else:
+        for c in range(0, width, size):
+            scales[c : c + size] = _scale(lanes, c, size, repeats * size, exact)
+    while width < period:
+        known, more = scales[:width], scales[width : 2 * width]
+        for i in range(more.size):
+            more[i] = known[i]
+        width *= 2
+
+
 @_inline
-def _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers):  # type: ignore[no-untyped-def]
+def _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers, lanes, scales):  # type: ignore[no-untyped-def]
     """Channels that alternate ``repeats`` times; as many repeats at once as make a long enough loop."""
     repeats, stride, start, stop, size = layout
     width = (stop - start) * size
-    group = min(repeats, LANES // width + 1) if width == stride else 1
-    lanes = np.zeros((4, group * width), np.float64)
-    rows = (lanes[0], lanes[1], lanes[2], lanes[3])
-    scales = np.ones(group * width, buffers[0].dtype)
-    exact = source.itemsize == 8
+    group = max(1, min(repeats, lanes[0].size // width)) if width == stride else 1
+    if width > lanes[0].size:
+        wide = np.empty((4, width), np.float64)
+        lanes, scales = (wide[0], wide[1], wide[2], wide[3]), np.empty(width, scales.dtype)
+    own = scales[: group * width]
     if rescale:
-        for b in range(0, repeats, group):
-            first = b * stride + start * size
-            segment = source[first : first + min(group, repeats - b) * width]
-            for offset in range(0, segment.size, LOOK):
-                values = _load_values(segment[offset : offset + LOOK], memory_format, buffers[0])
-                at = (rows[0][offset:], rows[1][offset:], rows[2][offset:], rows[3][offset:])
-                _accumulate(values, threshold, at, LOOK)
-        for repeat in range(1, group):
-            _add_lanes(rows[0], rows[2], 0, repeat * width, width, exact)
-            _add_lanes(rows[1], rows[3], 0, repeat * width, width, exact)
-        for c in range(0, width, size):
-            scales[c : c + size] = _scale(rows, c, size, repeats * size, exact)
-        for repeat in range(1, group):
-            scales[repeat * width : (repeat + 1) * width] = scales[:width]
+        _column_scales(source, memory_format, threshold, layout, buffers, lanes, own)
+    else:
+        own[:] = 1
     for b in range(0, repeats, group):
         first = b * stride + start * size
         last = first + min(group, repeats - b) * width
         # Not streamed: the lines that are read for the second time would have to come from further away.
-        _write(source[first:last], target[first:last], memory_format, threshold, hard, False, scales, buffers)
+        _write(source[first:last], target[first:last], memory_format, threshold, hard, False, own, buffers)
 
 
 @_jit
@@ -843,15 +870,15 @@ def apply(units, thresholds, memory_format, source_like, hard, rescale, stream):
         stream: write past the caches; not in place, and elements are aligned to their size.
     """
     # As addresses, because slices of such arrays need no reference counting.
-    memory = np.empty(5 * LANES + 4 * BLOCK, np.float64)
+    memory = np.empty(4 * WIDE + 4 * BLOCK + LANES, np.float64)
     lane, place = memory[:0], memory.ctypes.data
     lanes = (
-        array_at(place, LANES, lane),
-        array_at(place + 8 * LANES, LANES, lane),
-        array_at(place + 16 * LANES, LANES, lane),
-        array_at(place + 24 * LANES, LANES, lane),
+        array_at(place, WIDE, lane),
+        array_at(place + 8 * WIDE, WIDE, lane),
+        array_at(place + 16 * WIDE, WIDE, lane),
+        array_at(place + 24 * WIDE, WIDE, lane),
     )
-    place += 32 * LANES
+    place += 32 * WIDE
     buffers = (
         array_at(place, BLOCK, thresholds),
         array_at(place + 8 * BLOCK, BLOCK, np.empty(0, np.float32)),
@@ -875,7 +902,7 @@ def apply(units, thresholds, memory_format, source_like, hard, rescale, stream):
             _apply_rows(source, target, memory_format, threshold, hard, rescale, stream, size, buffers, lanes, scales)
         else:
             layout = (repeats, channels * size, start, stop, size)
-            _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers)
+            _apply_columns(source, target, memory_format, threshold, hard, rescale, layout, buffers, lanes, scales)
     if stream:
         _end_of_stream()
     memory[0] = 0  # still in use up to here

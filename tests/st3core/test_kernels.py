@@ -33,7 +33,7 @@ for memory in MEMORY_FORMATS.values():
         own = sorted(set(seen) - given)
         assert len(own) == 4 + 3 + 1
         assert all(end <= start for (_, end), (start, _) in zip(own, own[1:])), own
-        assert own[-1][1] - own[0][0] <= 8 * (5 * kernels.LANES + 4 * kernels.BLOCK)
+        assert own[-1][1] - own[0][0] <= 8 * (4 * kernels.WIDE + kernels.LANES + 4 * kernels.BLOCK)
 print("kept")
 """
 
