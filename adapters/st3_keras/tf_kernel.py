@@ -133,11 +133,15 @@ def result_count(context):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def argument(context, index, tensors):  # type: ignore[no-untyped-def]
-    """Take an argument, which becomes an element of ``tensors``; address of its first element."""
-    status = _new_status()
+    """Take an argument, which becomes an element of ``tensors``; address of its first element, -1 if there is none."""
+    status, place = _new_status(), -1
     _get_input(context, index, tensors[index:].ctypes.data, status)
+    if tensors[index] != 0:
+        place = _data(tensors[index])
+    else:
+        _failure(context, status)
     _delete_status(status)
-    return _data(tensors[index])
+    return place
 
 
 @_inline

@@ -75,12 +75,11 @@ def _kernel() -> Any:
     @cfunc(types.void(types.int64, types.int64), cache=True)  # type: ignore[untyped-decorator]
     def compute(_, context):  # type: ignore[no-untyped-def]
         count = result_count(context)
-        tensors = np.empty(_AHEAD + count, np.int64)
-        numbers = argument(context, 0, tensors)
-        step = array(argument(context, 1, tensors), 1, np.int32)[0]
+        tensors = np.zeros(_AHEAD + count, np.int64)
+        numbers, step = argument(context, 0, tensors), argument(context, 1, tensors)
         places = _addresses(context, count, tensors)
-        if version > 0 and places[1].min() >= 0:
-            run(context, step, words(numbers, size(tensors[0])), places)
+        if version > 0 and min(numbers, step, places.min()) >= 0:
+            run(context, array(step, 1, np.int32)[0], words(numbers, size(tensors[0])), places)
         give_back(tensors)
 
     return compute
@@ -91,8 +90,9 @@ def _addresses(context, count, tensors):  # type: ignore[no-untyped-def]
     """Of the state and the raw weights, and of the new state and the forward weights: shape ``(2, 3 + kernels)``."""
     found, axes = np.empty((2, count), np.int64), np.empty(tf_kernel.MOST_AXES, np.int64)
     for place in range(count):
-        found[0, place] = argument(context, _AHEAD + place, tensors)
-        found[1, place] = result_like(context, place, tensors[_AHEAD + place], axes)
+        found[:, place] = argument(context, _AHEAD + place, tensors)
+        if found[0, place] >= 0:
+            found[1, place] = result_like(context, place, tensors[_AHEAD + place], axes)
     axes[0] = count  # it is in use up to here
     return found
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import st3core
-from st3_jax import search, shortlist, weights
+from st3_jax import PolynomialSchedule, Sparsifier, find_thresholds, search, shortlist, weights
 from st3_jax.counting import PIVOTS
 from st3_jax.search import Neighbours, find_neighbours, read_thresholds
 from st3_jax.shortlist import LONGEST, count_crowded, count_shortened, is_grouped, shortened
@@ -157,6 +157,27 @@ def test_after_a_bad_forecast_all_are_counted(monkeypatch):
     found(search_now, arrays, rank, keys[rank] - 5000)
     jax.effects_barrier()
     assert passes == ["_by_few", "_by_all", "_by_all", "_by_few"]
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_a_ramp_of_a_sparsifier_and_one_search_by_shortlists(method, monkeypatch):
+    _, passes = counting_passes(monkeypatch)
+    sparsifier = Sparsifier(PolynomialSchedule(0.9, begin_step=0, end_step=12), method)
+    arrays, drift = made(), made(1)
+    state = sparsifier.init(arrays)
+    update = jax.jit(sparsifier.update)
+    for step in range(1, 16):
+        arrays = [array + np.float32(0.01) * by for array, by in zip(arrays, drift, strict=True)]
+        state = update(arrays, state)
+        expected = st3core.find_thresholds(arrays, sparsifier.schedule(step), method).tolist()
+        assert list(sparsifier.thresholds(arrays, state).values()) == expected
+    jax.effects_barrier()
+    assert passes.count("_by_few") >= 10
+    passes.clear()
+    found = find_thresholds(list(map(jnp.asarray, arrays)), 0.9, method)
+    assert [float(threshold) for threshold in found] == expected
+    jax.effects_barrier()
+    assert "_by_few" in passes
 
 
 def test_members_of_a_batch_have_their_own():

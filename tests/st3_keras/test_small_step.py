@@ -1,6 +1,8 @@
 """A small step in one compiled call, and within JAX and TensorFlow, against the same step in Python and the core."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -239,6 +241,25 @@ def test_a_step_lives_as_long_as_a_graph_that_has_it():
     del function
     gc.collect()
     assert own() is None
+
+
+@only_tensorflow
+def test_a_saved_graph_with_a_step_cannot_run_in_another_process(tmp_path):
+    """It has addresses of this one: whoever saves it by mistake must get an error, and not what lies there."""
+    import tensorflow as tf
+
+    sp = Sparsifier(compiled(small_net()), PolynomialSchedule(0.9, begin_step=0, end_step=16))
+    raw, module = random_raw(sp), tf.Module()
+    module.step = tf.function(one_step(sp).python_function, input_signature=[[tf.TensorSpec(x.shape) for x in raw]])
+    tf.saved_model.save(module, str(tmp_path))
+    code = f"""
+import st3_keras.tf_step, tensorflow as tf
+assert st3_keras.tf_step.is_available()
+tf.saved_model.load({str(tmp_path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1  # not a signal
+    assert "Op type not registered 'St3KerasStep" in done.stderr
 
 
 @only_tensorflow
