@@ -105,14 +105,6 @@ class Sparsifier(keras.callbacks.Callback):
         self._check_kernels_train()
         self._attach()
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Catch up with a model that ``fit`` has built in its first step."""
-        if self._sparse is None and not self._finalized:
-            self._synced()
-            self._attach()
-            if self._sparse is not None:
-                self._sparse.renew()
-
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Follow a state that another callback has loaded."""
         if self._finalized:
@@ -120,20 +112,36 @@ class Sparsifier(keras.callbacks.Callback):
         self._follow()
         self._begins = True
 
+    # Not on_train_batch_end, with which Keras would have Python wait for the device after every step.
+
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Before an epoch's first step, when all callbacks had their say: take in what was written into the model."""
-        if self._begins and not self._finalized:
+        if self._finalized:
+            return
+        self._catch_up()
+        if self._begins:
             self._begins = False
             self._take_in()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add ``sparsity`` and ``target_sparsity`` to what ``fit`` logs."""
-        if self._sparse is None or self._finalized:
+        if self._finalized:
+            return
+        self._catch_up()
+        if self._sparse is None:
             return
         self._synced()
         self._check_finite()
         if logs is not None:
             logs["sparsity"], logs["target_sparsity"] = self.sparsity, self.target_sparsity
+
+    def _catch_up(self) -> None:
+        """Begin with a model that ``fit`` has built in its first step."""
+        if self._sparse is None and self._model.built:
+            self._synced()
+            self._attach()
+            if self._sparse is not None:
+                self._sparse.renew()
 
     def _attach(self) -> None:
         """Wrap the model's optimizer, once it is there and the model is built."""
