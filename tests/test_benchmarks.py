@@ -99,13 +99,9 @@ def test_keras_page_has_the_table_of_its_figures():
     assert marked.replaced(text, keras_step.MARK, keras_step.table(json.loads(figures))) == text
 
 
-WITHOUT_ORIGIN = {f"{name}.json" for name in ("conformance", "distributed", "mutation")}
-"""Figures from before there was one; to be taken off here when they are measured again."""
-
-
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted(page.RESULTS.parent.glob("*.json*")) if path.name not in WITHOUT_ORIGIN],
+    sorted(page.RESULTS.parent.glob("*.json*")),
     ids=lambda path: path.name,
 )
 def test_figures_name_where_they_come_from(path):

@@ -97,7 +97,7 @@ def find_kernels(
     Raises:
         TypeError: a rule is of an unknown kind, or a chosen kernel of an unknown dtype.
         ValueError: a path or pattern matches nothing, a variable is chosen in one layer and not in another that
-            shares it, or nothing is left.
+            shares it, one is chosen that the layer itself writes, or nothing is left.
     """
     candidates = list(_candidates(model))
     included, excluded = _as_rules(include, "include"), _as_rules(exclude, "exclude")
@@ -129,6 +129,11 @@ def find_kernels(
         along = input_axis(candidate.layer, candidate.variable, axes)
         kernel = kernels.setdefault(key, Kernel(first, candidate.variable, axes, along))
         kernel.layers.append(candidate.layer)
+        if isinstance(candidate.layer, layers.SpectralNormalization):
+            raise ValueError(
+                f"Sparsifier: {first} must not be included, because SpectralNormalization ({candidate.layer.name!r}) "
+                "writes the kernel in its forward pass, where the thresholded one must be; leave it dense"
+            )
     if not kernels:
         raise ValueError(
             "Sparsifier: model has no linear or convolution kernel that include and exclude leave, "
@@ -141,21 +146,28 @@ def _candidates(model: keras.Model) -> Iterator[_Candidate]:
     """Every trainable variable of two dimensions or more, each layer that holds it, under a name of its own."""
     trained = {id(v) for v in model.trainable_variables}
     held = [(layer, v) for layer in model._flatten_layers() for v in _own_variables(layer) if id(v) in trained]
-    dense = {id(v) for layer, v in held if isinstance(layer, layers.Embedding)}
+    held = [(layer, v) for layer, v in held if len(v.shape) > 1]
+    reasons = _reasons(held)
     names: dict[int, str] = {}
     for layer, variable in held:
         if id(variable) not in names:
             names[id(variable)] = _unique(variable.path, set(names.values()))
-        axes = channel_axes(layer, variable)
-        reason = None
-        if len(variable.shape) < 2 or variable.name == "bias":
+        if variable.name == "bias":
             continue  # those of attention and GRU have two dimensions
-        if id(variable) in dense:
-            reason = "embedding: sparsified only if include asks for it"
-        elif axes is None:
+        axes = channel_axes(layer, variable) or (len(variable.shape) - 1,)
+        yield _Candidate(names[id(variable)], variable, axes, layer, reasons.get(id(variable)))
+
+
+def _reasons(held: Sequence[tuple[keras.layers.Layer, Any]]) -> dict[int, str]:
+    """Why variables are not sparsified unless that is asked for: one layer that holds it decides for all of them."""
+    reasons = {}
+    for layer, variable in held:
+        if isinstance(layer, layers.Embedding):
+            reasons[id(variable)] = "embedding: sparsified only if include asks for it"
+        elif channel_axes(layer, variable) is None:
             reason = f"not a kernel of a known layer ({type(layer).__name__}): sparsified only if include asks for it"
-        last = (len(variable.shape) - 1,)
-        yield _Candidate(names[id(variable)], variable, last if axes is None else axes, layer, reason)
+            reasons.setdefault(id(variable), reason)
+    return reasons
 
 
 def _own_variables(layer: keras.layers.Layer) -> list[Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.study import plot
-from benchmarks.study.plan import ABLATED_AT, METHODS, SPARSITIES, every_run
+from benchmarks.study.plan import METHODS, SPARSITIES, every_run
 from benchmarks.study.results import (
     CONFIDENCE,
     PARTS,
@@ -30,7 +30,8 @@ _TEXT = """## The study
 and nothing of it was tuned for any of them; zeros spread from 5 % to 50 % of the steps. The number behind ± is half of
 the {confidence:g} % confidence interval of the mean, from Student's distribution. "Better" and "worse" are said of
 the differences from ST-3, seed by seed, whose interval leaves zero out; each is looked at by itself, so that of many,
-one in twenty says so by chance. Which data, networks and recipes: `benchmarks/study/tasks.py`.
+one in twenty says so by chance. All trainings are short, so that anyone can repeat them: they rank the methods, and say
+little of how good a network can become. Which data, networks and recipes: `benchmarks/study/tasks.py`.
 
 Trained with {origins}; {versions}.
 
@@ -137,10 +138,12 @@ def _on_the_paper(found: Found, task: str) -> list[str]:
     says = {"worse": "for the paper's choice", "better": "against it", "undecided": "undecided"}
     lines: dict[str, list[str]] = {sentence: [] for sentence in says.values()}
     for method, name in PARTS.items():
-        for sparsity in ABLATED_AT:
-            change = differences(found, task, method, "st3", sparsity)
-            if change is not None:
-                lines[says[verdict(change, TASKS[task].higher_is_better)]].append(f"{name} at {100 * sparsity:g} %")
+        changes = [(sparsity, differences(found, task, method, "st3", sparsity)) for sparsity in SPARSITIES]
+        higher = TASKS[task].higher_is_better
+        for seen, sentence in says.items():
+            at = [f"{100 * s:g} %" for s, change in changes if change is not None and verdict(change, higher) == seen]
+            if at:
+                lines[sentence].append(f"{name} at {', '.join(at)}")
     return [f"- {sentence}: {'; '.join(places) or 'none'}." for sentence, places in lines.items()]
 
 

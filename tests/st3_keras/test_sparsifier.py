@@ -427,6 +427,39 @@ def test_shared_layers_count_once():
     assert sp.report().weights == 24
 
 
+def test_a_kernel_that_an_unknown_layer_shares_stays_dense_unless_included():
+    class Tied(layers.Layer):
+        def __init__(self, encoder):
+            super().__init__(name="decoder")
+            self.kernel = encoder.kernel
+
+        def call(self, x):
+            return x @ keras.ops.transpose(self.kernel)
+
+    encoder, first = layers.Dense(3, name="encoder"), layers.Dense(4, name="first")
+    encoder.build((None, 4))
+    model = keras.Sequential([keras.Input((5,)), first, encoder, Tied(encoder)], name="net")
+    sp = Sparsifier(compiled(model), ramp(0.5, end=1))
+    assert [name.removeprefix("net/") for name in sp.thresholds] == ["first/kernel"]
+    assert "encoder/kernel" in str(sp.report())
+    assert "not a kernel of a known layer (Tied)" in str(sp.report())
+    sp.finalize()
+    sp = Sparsifier(compiled(model), ramp(0.5, end=1), include="*kernel")
+    assert len(sp.thresholds) == 2
+
+
+def test_a_layer_that_writes_its_kernel_is_left_dense_and_cannot_be_included():
+    normalized = layers.SpectralNormalization(layers.Dense(3, name="inner"), name="normalized")
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(4, name="first"), normalized], name="net")
+    sp = Sparsifier(compiled(model), ramp(0.5, end=1))
+    assert [name.removeprefix("net/") for name in sp.thresholds] == ["first/kernel"]
+    sp.finalize()
+    with pytest.raises(
+        ValueError, match=r"must not be included, because SpectralNormalization \('normalized'\) writes"
+    ):
+        Sparsifier(compiled(model), ramp(0.5, end=1), include="*kernel")
+
+
 @pytest.mark.parametrize("steps", [1, 8])
 def test_a_subclassed_model_is_sparsified_as_soon_as_it_is_built(steps):
     class Net(keras.Model):

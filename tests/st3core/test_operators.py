@@ -296,3 +296,17 @@ def test_sparsify_gives_a_channel_the_same_bits_in_any_company(dtype, size, meth
     for channel in {0, 1, kernels.BLOCK // size - 1, kernels.BLOCK // size, count // 2, count - 1}:
         alone = sparsify(weight[channel : channel + 1], 0.5, chosen)
         assert together[channel : channel + 1].tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("repeats", [1, 2, 7, 40])
+@pytest.mark.parametrize("width", [1, 3, 127, 128, 200, 256, 257, 1100])
+def test_channels_that_alternate_are_those_that_lie_in_one_piece(dtype, repeats, width):
+    """Several repeats are summed and written together, where they are short."""
+    weight = np.random.default_rng(0).standard_normal((repeats, width)).astype(dtype)
+    rows = np.ascontiguousarray(weight.T)
+    found = sparsify(weight, 0.5, channel_axis=-1)
+    np.testing.assert_allclose(
+        found.astype(np.float64), sparsify(rows, 0.5, channel_axis=0).T.astype(np.float64), rtol=4 * np.finfo(dtype).eps
+    )
+    assert found.tobytes() == sparsify(weight.copy(), 0.5, channel_axis=-1).tobytes()
