@@ -7,11 +7,12 @@ from typing import Any
 from benchmarks import accuracy, machine
 from benchmarks.accuracy_keras import ROWS, compare
 from benchmarks.grid import Grid
-from benchmarks.study.page import draw, section
+from benchmarks.study.page import draw, section, summary
 
 ROOT = Path(__file__).parent.parent
 KERAS_RESULTS = ROOT / "benchmarks/results/accuracy_keras.json"
 JAX_RESULTS = ROOT / "benchmarks/results/accuracy_jax.json"
+SUMMARY = ROOT / "benchmarks/results/study_summary.json"
 PAGE = ROOT / "docs/accuracy.md"
 TEST_IMAGES = 450
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
@@ -110,6 +111,7 @@ def write() -> None:
     figures, keras, jax = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     draw()
     PAGE.write_text(page(figures, keras, jax, section()), encoding="utf-8")
+    SUMMARY.write_text(json.dumps(summary(), indent=1) + "\n", encoding="utf-8")
 
 
 def _compared(methods: dict[str, Any], backends: dict[str, Any], seeds: int) -> dict[tuple[str, str], dict[str, Any]]:

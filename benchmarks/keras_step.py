@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +132,12 @@ def in_process(backend: str, sparsity: float, rounds: int) -> dict[str, Any]:
     return figures
 
 
+def backend_versions() -> dict[str, str]:
+    """Of Keras and its backends."""
+    installed = packages_distributions()
+    return {name: version(installed[name][0]) for name in ("keras", *BACKENDS)}
+
+
 def grid(figures: dict[str, dict[str, Any]]) -> Grid:
     """A row for each network on each backend."""
     columns = (
@@ -159,7 +166,9 @@ def grid(figures: dict[str, dict[str, Any]]) -> Grid:
 def table(figures: dict[str, Any]) -> str:
     """The table, and where its figures come from."""
     setting = figures["setting"]
-    return f"{grid(figures['backends']).markdown()}\n\n{machine.measured(setting)}; {machine.versions(setting)}."
+    backends = ", ".join(f"{name} {found}" for name, found in setting["versions"].items())
+    measured = f"{machine.measured(setting)}; {machine.versions(setting)}; {backends}."
+    return f"{grid(figures['backends']).markdown()}\n\n{measured}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -183,7 +192,7 @@ def main() -> None:
         print(json.dumps({network: measure(network, options.sparsity, options.rounds) for network in NETWORKS}))
         return
     figures = {backend: in_process(backend, options.sparsity, options.rounds) for backend in options.backends}
-    setting = {**machine.provenance(COMMAND), "sparsity": options.sparsity}
+    setting = {**machine.provenance(COMMAND), "sparsity": options.sparsity, "versions": backend_versions()}
     console = Console(width=140)
     console.print(f"{machine.name(setting)}; {machine.versions(setting)}")
     grid(figures).print(console)

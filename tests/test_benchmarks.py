@@ -39,6 +39,15 @@ def accuracies():
     return (json.loads(path.read_text(encoding="utf-8")) for path in paths)
 
 
+def test_the_studys_summary_is_what_its_networks_make():
+    summary = json.loads(accuracy_page.SUMMARY.read_text(encoding="utf-8"))
+    assert summary == json.loads(json.dumps(study.summary()))
+    for kind in summary["kinds"]:
+        low, high = kind["score"]["interval"]
+        assert low <= kind["score"]["mean"] <= high
+        assert kind["score"]["seeds"] == 5
+
+
 def test_accuracy_page_is_what_the_figures_make():
     assert accuracy_page.PAGE.read_text(encoding="utf-8") == accuracy_page.page(*accuracies(), study.section())
 

@@ -1,6 +1,8 @@
 """The part of the page on accuracy that the study writes: tables, pictures, and what follows from them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks import machine
 from benchmarks.study import plot
@@ -10,6 +12,7 @@ from benchmarks.study.results import (
     PARTS,
     PATH,
     Found,
+    Summary,
     ablation_grid,
     by_kind,
     differences,
@@ -31,7 +34,8 @@ and nothing of it was tuned for any of them; zeros spread from 5 % to 50 % of th
 the {confidence:g} % confidence interval of the mean, from Student's distribution. "Better" and "worse" are said of
 the differences from ST-3, seed by seed, whose interval leaves zero out; each is looked at by itself, so that of many,
 one in twenty says so by chance. All trainings are short, so that anyone can repeat them: they rank the methods, and say
-little of how good a network can become. Which data, networks and recipes: `benchmarks/study/tasks.py`.
+little of how good a network can become. Which data, networks and recipes: `benchmarks/study/tasks.py`;
+the figures as JSON: `benchmarks/results/study_summary.json`.
 
 Trained with {origins}; {versions}.
 
@@ -93,6 +97,26 @@ def section() -> str:
         versions=machine.versions(settings[0]),
         sections="\n".join(_task(found, task) for task in tasks),
     )
+
+
+def summary() -> dict[str, Any]:
+    """Mean, deviation and confidence interval of every kind of network, for other programs."""
+    found = finished()
+    figures = {name: by_kind(found, name) for name in ("score", "zeros")}
+    return {
+        "command": "python -m benchmarks.accuracy_page",
+        "confidence": CONFIDENCE,
+        "settings": [json.loads(text) for text in dict.fromkeys(json.dumps(own["setting"]) for _, own in found)],
+        "kinds": [
+            {"task": kind[0], "method": kind[1], "sparsity": kind[2], "measured": TASKS[kind[0]].score}
+            | {name: _with_interval(summaries[kind]) for name, summaries in figures.items()}
+            for kind in figures["score"]
+        ],
+    }
+
+
+def _with_interval(own: Summary) -> dict[str, Any]:
+    return {**own._asdict(), "interval": [own.mean - own.half, own.mean + own.half]}
 
 
 def draw() -> None:
