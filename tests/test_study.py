@@ -1,6 +1,8 @@
 """The study: its plan, what it makes of its figures, and that every method trains on every task."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.study import __main__ as study_main
 from benchmarks.study import results
 from benchmarks.study.__main__ import train_all
-from benchmarks.study.plan import GROUP_METHODS, METHODS, RAMPS, VARIANTS, Run, every_run, group_of
+from benchmarks.study.plan import GROUP_METHODS, METHODS, RAMPS, VARIANTS, Run, every_run, group_of, quick_runs
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.train import measure
 from st3core import get_method
@@ -108,3 +110,10 @@ def test_a_study_that_goes_on_trains_nothing_twice(tmp_path, monkeypatch):
 def test_the_same_seed_gives_the_same_network():
     first, again = (measure(Run("table", "st3", 0.9, 1, 0.05)) for _ in range(2))
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_the_quick_study_trains_each_kind_of_network(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.study", "--quick", "--out", str(tmp_path / "quick.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {run for run, _ in results.read(tmp_path / "quick.jsonl")} == set(quick_runs())
