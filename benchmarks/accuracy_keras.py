@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import version
 from math import inf, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,10 +27,10 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.accuracy import Result, summarize
+from benchmarks.keras_step import BACKENDS, backend_versions
 from benchmarks.options import require_one
 from examples.digits import Network, load_data
 
-BACKENDS = ("tensorflow", "jax", "torch")
 ROWS = ("dense", "st3", "st3_sigma")
 PYTORCH = Path("benchmarks/results/accuracy.json")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
@@ -156,8 +156,7 @@ def main() -> None:
     own = {m: {**pytorch[m], "standard_error": pytorch[m]["standard_deviation"] / sqrt(options.seeds)} for m in ROWS}
     title = f"Handwritten digits, {100 * options.sparsity:g} % zeros, {options.seeds} seeds"
     print_table({"st3_torch": own, **{f"Keras, {backend}": keras[backend] for backend in BACKENDS}}, title)
-    installed = packages_distributions()
-    versions = {"st3core": version("st3core"), **{n: version(installed[n][0]) for n in ("keras", *BACKENDS)}}
+    versions = {"st3core": version("st3core"), **backend_versions()}
     origin = machine.provenance("python -m benchmarks.accuracy_keras")
     figures = {"settings": with_seeds, "origin": origin, "versions": versions, "backends": keras}
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
